@@ -1,0 +1,175 @@
+"""
+The bundled corpus: a probabilistic grammar that tells short fables. The grammar itself is fables.txt beside this file.
+
+    python data/fables.py            # tells one
+    python data/fables.py 5          # tells the sixth
+
+Every choice in the grammar is uniform, so a text's probability is known: derivations(text) reads a text back and returns
+every way the grammar could have told it, with its information in bits. The grammar is written so that there is one
+way only (the tests check it on thousands of fables); its bits are then exactly -log2 p(text), and their mean over a set
+of fables, per byte, is the entropy floor below which no model can go.
+
+How fables.txt is read: `= pool` lists words; `: rule` lists alternatives, each after `- `; `* plot` is a story: what
+its hero does (for instructions), its text, and after `>` its lesson. Inside a text, [a|b] is a choice, {rule} a rule,
+{slot} a word drawn once from its pool and the same ever after, {a slot} the word after its article, and a capital
+letter in front ({A slot}, {Slot}) makes one in the text.
+"""
+
+import math
+import random
+import re
+import sys
+from pathlib import Path
+
+# slot: the pool it draws from; slots of one pool never hold the same word
+SLOTS = {
+    "hero": "name",
+    "friend": "name",
+    "plot": "plot",
+    "kind": "animal",
+    "fkind": "animal",
+    "third": "animal",
+    "fourth": "animal",
+    "place": "place",
+    "spot": "place",
+    "toy": "toy",
+    "food": "food",
+    "treat": "food",
+    "tool": "tool",
+    "color": "color",
+    "hue": "color",
+    "number": "number",
+    "trait": "trait",
+    "ftrait": "trait",
+}
+# a pronoun follows the name it stands for: word -> (slot, for a he, for a she); f marks the friend's
+PRONOUNS = {
+    prefix + he: (slot, he, she)
+    for prefix, slot in (("", "hero"), ("f", "friend"))
+    for he, she in (("he", "she"), ("him", "her"), ("his", "her"), ("himself", "herself"))
+}
+
+
+def parse(text):
+    """A template as a tuple of nodes: a string, a list (choice) of tuples, or a (modifier, name) pair in braces."""
+    text = re.sub(r"\|\s+", "|", " ".join(text.split()))  # a line may end behind a bar
+    tokens = re.findall(r"[\[\]|]|\{[^}]*\}|[^\[\]|{}]+", text)
+    stack = [[[]]]  # per open bracket, its alternatives so far
+    for token in tokens:
+        if token == "[":
+            stack.append([[]])
+        elif token == "|":
+            stack[-1].append([])
+        elif token == "]":
+            choice = [tuple(nodes) for nodes in stack.pop()]
+            stack[-1][-1].append(choice)
+        elif token[0] == "{":
+            stack[-1][-1].append(tuple(token[1:-1].rpartition(" ")[::2]))
+        else:
+            stack[-1][-1].append(token)
+    ((nodes,),) = stack
+    return tuple(nodes)
+
+
+def read_grammar(path):
+    """The pools {name: [words]}, the rules {name: [nodes]} and the plots {name: what the hero does}."""
+    pools, rules, plots = {}, {}, {}
+    for section in re.split(r"\n(?=[=:*] )", "\n" + re.sub(r"(?m)^#.*\n", "", path.read_text(encoding="utf-8"))):
+        head, _, body = section.strip().partition("\n")
+        mark, _, name = head.partition(" ")
+        if mark == "=":
+            pools[name] = [word.strip() for word in body.replace("\n", ",").split(",") if word.strip()]
+        elif mark == ":":
+            rules[name] = [parse(text) for text in re.split(r"(?m)^- ", body)[1:]]
+        elif mark == "*":
+            does, story, lessons = re.fullmatch(r"(.*?)\n(.*)\n> (.*)", body.strip(), re.S).groups()
+            plots[name] = parse(does)
+            rules[name] = [parse(story)]
+            pools[name] = lessons.split(" | ")
+    return pools, rules, plots
+
+
+POOLS, RULES, PLOTS = read_grammar(Path(__file__).with_suffix(".txt"))
+POOLS["plot"] = list(PLOTS)
+POOLS["name"] = POOLS["he"] + POOLS["she"]
+
+
+def expand(node, slots):
+    """What a node says, as a string; or where there is a choice, its options and the slot that the chosen one fills
+    (None where the options are nodes to go on with)."""
+    if isinstance(node, list):
+        return node, None
+    modifier, name = node
+    key = name[0].lower() + name[1:]
+    if key in PRONOUNS:
+        slot, he, she = PRONOUNS[key]
+        word = he if slots[slot] in POOLS["he"] else she
+    elif name == "plot" and name in slots:
+        return RULES[slots["plot"]], None
+    elif key in slots:
+        word = slots[key]
+    elif name in RULES:
+        return RULES[name], None
+    else:
+        pool = slots["plot"] if key == "lesson" else SLOTS[key]
+        taken = [slots.get(other) for other, its in SLOTS.items() if its == pool]
+        return [word for word in POOLS[pool] if word not in taken], key
+    if modifier:
+        word = f"{modifier}n {word}" if word[0] in "aeiou" else f"{modifier} {word}"
+    return word if name == key else word[0].upper() + word[1:]
+
+
+def then(nodes, rest):
+    """The nodes still to come, as a linked list (node, rest): branches of a search can share its end."""
+    for node in reversed(nodes):
+        rest = (node, rest)
+    return rest
+
+
+def tell(seed, **slots):
+    """Tell the fable of this seed: (text, slots). Slots given beforehand, as hero="Pim", are kept."""
+    rng = random.Random(f"fable {seed}")  # a string: its whole hash seeds the generator
+    parts, todo = [], then(RULES["fable"][0], None)
+    while todo:
+        node, rest = todo
+        said = node if isinstance(node, str) else expand(node, slots)
+        if isinstance(said, str):
+            parts.append(said)
+            todo = rest
+            continue
+        options, slot = said
+        option = options[int(rng.random() * len(options))]
+        if slot is None:
+            todo = then(option, rest)
+        else:
+            slots = {**slots, slot: option}  # and the same node again: it now has a word
+    return "".join(parts), slots
+
+
+def derivations(text):
+    """Every way the grammar can tell exactly this text: a list of (bits, slots), empty if it can't."""
+    found, branches = [], [(0, 0.0, {}, then(RULES["fable"][0], None))]
+    while branches:
+        at, bits, slots, todo = branches.pop()
+        if todo is None:
+            if at == len(text):
+                found.append((bits, slots))
+            continue
+        node, rest = todo
+        said = node if isinstance(node, str) else expand(node, slots)
+        if isinstance(said, str):
+            if text.startswith(said, at):
+                branches.append((at + len(said), bits, slots, rest))
+            continue
+        options, slot = said
+        bits += math.log2(len(options))
+        for option in options:
+            if slot is None:
+                branches.append((at, bits, slots, then(option, rest)))
+            else:
+                branches.append((at, bits, {**slots, slot: option}, todo))
+    return found
+
+
+if __name__ == "__main__":
+    print(tell(int(sys.argv[1]) if len(sys.argv) > 1 else 0)[0])

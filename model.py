@@ -1,0 +1,408 @@
+"""
+Gemma 3, every component, in one file: configuration, layers, generation with its KV cache, loading and saving.
+
+    model = Gemma.from_pretrained("out/fables/best")           # any Gemma 3 directory in the Hugging Face format
+    loss = model(tokens, targets)                              # (B, T), (B, T) -> mean cross-entropy in nats
+    for token in model.generate(prompt, max_new_tokens=100):   # (B, T) -> a (B,) tensor per step, as they are made
+        ...
+
+Module and config names are those of transformers' Gemma3ForCausalLM, so its checkpoints load by a strict
+load_state_dict and what we save opens there. The mathematics follows google/gemma_pytorch (gemma/model.py) and
+transformers (modeling_gemma3.py).
+
+Letters in shapes: B batch, T time, C hidden_size, H attention heads, K key/value heads, D head_dim, V vocabulary.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@dataclass
+class GemmaConfig:
+    """The shape of a model, in Hugging Face's names. The defaults are Gemma 3 270M."""
+
+    vocab_size: int = 262144  # rows of the embedding; when training from scratch, the tokenizer's size rounded up
+    hidden_size: int = 640  # width of the residual stream
+    intermediate_size: int = 2048  # width of the gated MLP
+    num_hidden_layers: int = 18  # blocks
+    num_attention_heads: int = 4  # query heads
+    num_key_value_heads: int = 1  # key/value heads, each shared by a group of query heads
+    head_dim: int = 256  # width of a head; not hidden_size / heads
+    query_pre_attn_scalar: float | None = None  # attention scale is this to the -1/2; None: head_dim
+    max_position_embeddings: int = 32768  # longest sequence
+    sliding_window: int = 512  # a query of a sliding layer sees itself and the window - 1 tokens before it
+    sliding_window_pattern: int = 6  # every 6th layer attends to everything, the others slide
+    layer_types: list | None = None  # the kind of each layer, spelled out; None: from sliding_window_pattern
+    rope_theta: float = 1_000_000.0  # RoPE base of full layers
+    rope_local_base_freq: float = 10_000.0  # RoPE base of sliding layers
+    rope_linear_factor: float = 1.0  # full layers divide positions by this (8 from Gemma 3 4B up)
+    rms_norm_eps: float = 1e-6  # inside every RMSNorm's root
+    bos_token_id: int | None = 2  # stands before a text; from scratch, the tokenizer's end-of-text token
+    eos_token_id: int | list | None = 1  # ends a text
+    pad_token_id: int | None = 0  # fills up a batch
+
+    def __post_init__(self):
+        if self.query_pre_attn_scalar is None:
+            self.query_pre_attn_scalar = float(self.head_dim)
+        if self.layer_types is None:
+            every = self.sliding_window_pattern
+            self.layer_types = [FULL if (i + 1) % every == 0 else SLIDING for i in range(self.num_hidden_layers)]
+        if len(self.layer_types) != self.num_hidden_layers or not set(self.layer_types) <= {SLIDING, FULL}:
+            raise ValueError(f"layer_types: need {self.num_hidden_layers} of {SLIDING!r} or {FULL!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is no multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd, but RoPE rotates pairs: make it even")
+        if self.sliding_window > self.max_position_embeddings:
+            raise ValueError(
+                f"sliding_window={self.sliding_window} is larger than "
+                f"max_position_embeddings={self.max_position_embeddings}: lower it"
+            )
+
+    @classmethod
+    def from_dict(cls, d):
+        """Read the dict of a config.json, old style (rope_theta, rope_scaling) or new (rope_parameters)."""
+        rope = d.get("rope_parameters") or {}
+        full, sliding = rope.get(FULL) or {}, rope.get(SLIDING) or {}
+        full = (d.get("rope_scaling") or {}) | full
+        rope_type = full.get("rope_type", full.get("type", "default"))
+        if rope_type not in ("default", "linear"):
+            raise ValueError(f"rope_type {rope_type!r}: Gemma 3 has 'default' and 'linear' only")
+        known = {f.name: d[f.name] for f in fields(cls) if f.name in d}
+        known["rope_theta"] = full.get("rope_theta", d.get("rope_theta", cls.rope_theta))
+        known["rope_local_base_freq"] = sliding.get(
+            "rope_theta", d.get("rope_local_base_freq", cls.rope_local_base_freq)
+        )
+        known["rope_linear_factor"] = full.get("factor", 1.0) if rope_type == "linear" else 1.0
+        return cls(**known)
+
+    def to_dict(self):
+        """The dict that goes into config.json. RoPE stands there in both spellings: readers know one or the other."""
+        d = asdict(self)
+        factor = d.pop("rope_linear_factor")
+        scaling = {"rope_type": "default"} if factor == 1 else {"rope_type": "linear", "factor": factor}
+        d["rope_parameters"] = {
+            FULL: {"rope_theta": self.rope_theta, **scaling},
+            SLIDING: {"rope_theta": self.rope_local_base_freq, "rope_type": "default"},
+        }
+        d["rope_scaling"] = None if factor == 1 else scaling
+        return d | {
+            "architectures": ["Gemma3ForCausalLM"],
+            "model_type": "gemma3_text",
+            "hidden_activation": "gelu_pytorch_tanh",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "final_logit_softcapping": None,
+            "attn_logit_softcapping": None,
+            "tie_word_embeddings": True,
+            "initializer_range": 0.02,
+            "use_cache": True,
+            "dtype": "float32",
+        }
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (1 + weight), computed in float32 and cast last, so that weight = 0 is the identity gain."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return (y * (1 + self.weight.float())).type_as(x)
+
+
+def rope_table(positions, head_dim, base, factor):
+    """Cosines and sines of RoPE: positions (T,) -> two float32 tensors (T, D/2). The d-th pair turns by
+    base^(-2d/D) radians per position (Su et al. 2021); `factor` stretches positions (linear scaling)."""
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = (positions.float() / factor)[:, None] / base**exponent  # (T, D/2)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x, rope):
+    """Rotate x (B, heads, T, D) by its positions. Pairs are (d, d + D/2), the layout of the published weights."""
+    cos, sin = rope
+    a, b = x.float().chunk(2, dim=-1)  # (B, heads, T, D/2) each
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+
+
+class KVCache:
+    """Keys and values of every layer. A sliding layer holds its window and no more: a ring, where position p lies in
+    slot p % window. Order in the ring does not matter, as RoPE has already written the position into each key."""
+
+    def __init__(self, config, batch_size, max_tokens, device, dtype):
+        self.length = 0  # tokens whose keys are in the cache
+        self.layers = []
+        for kind in config.layer_types:
+            slots = min(max_tokens, config.sliding_window) if kind == SLIDING else max_tokens
+            shape = (2, batch_size, config.num_key_value_heads, slots, config.head_dim)
+            self.layers.append(torch.zeros(shape, device=device, dtype=dtype))
+
+    def update(self, layer, k, v):
+        """Store k, v (B, K, T, D); return the keys and values this step attends to. T > 1 only for the prompt."""
+        ring = self.layers[layer]
+        kv = torch.stack((k, v))  # (2, B, K, T, D)
+        slots, T = ring.shape[3], k.shape[2]
+        if T > 1:  # the prompt attends to itself, the ring keeps its end
+            assert self.length == 0, "a prompt goes into an empty cache"
+            kept = torch.arange(max(0, T - slots), T, device=k.device)
+            ring[:, :, :, kept % slots] = kv[:, :, :, kept]
+            return k, v
+        ring[:, :, :, self.length % slots] = kv[:, :, :, 0]
+        return ring[:, :, :, : self.length + 1].unbind()
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with RMSNorm on queries and keys, then RoPE."""
+
+    def __init__(self, config, layer, dropout):
+        super().__init__()
+        C, D = config.hidden_size, config.head_dim
+        self.layer = layer
+        self.head_dim = D
+        self.scale = config.query_pre_attn_scalar**-0.5
+        self.dropout = dropout
+        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=False)
+        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
+        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
+        self.q_norm = RMSNorm(D, config.rms_norm_eps)
+        self.k_norm = RMSNorm(D, config.rms_norm_eps)
+
+    def forward(self, x, rope, mask, cache):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        q, k = apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        dropout = self.dropout if self.training else 0.0
+        # without a mask: the plain causal kernel; a single new token sees everything in the cache
+        causal = mask is None and T > 1
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=self.scale, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H*D) -> (B, T, C)
+
+
+class MLP(nn.Module):
+    """down(gelu(gate(x)) * up(x)), with the tanh form of GELU."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, I = config.hidden_size, config.intermediate_size  # noqa: E741
+        self.gate_proj = nn.Linear(C, I, bias=False)
+        self.up_proj = nn.Linear(C, I, bias=False)
+        self.down_proj = nn.Linear(I, C, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each between two norms: before it, and after it on the way back into the residual."""
+
+    def __init__(self, config, layer, dropout):
+        super().__init__()
+        self.kind = config.layer_types[layer]
+        self.self_attn = Attention(config, layer, dropout)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, rope, mask, cache):
+        y = self.self_attn(self.input_layernorm(x), rope[self.kind], mask[self.kind], cache)
+        x = x + self.dropout(self.post_attention_layernorm(y))
+        y = self.mlp(self.pre_feedforward_layernorm(x))
+        return x + self.dropout(self.post_feedforward_layernorm(y))
+
+
+class NumParams(NamedTuple):
+    total: int
+    embedding: int  # tied with the head, so counted once
+    non_embedding: int
+
+
+class Gemma(nn.Module):
+    """The model. `dropout` acts on attention weights, both residual branches and the embedding (Gemma itself: 0)."""
+
+    def __init__(self, config, dropout=0.0):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "layers": nn.ModuleList(Block(config, i, dropout) for i in range(config.num_hidden_layers)),
+                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+            }
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def init_weights(self, seed):
+        """Draw every matrix from N(0, 0.02), in float32 on whatever device it lies; norm weights are 0, the identity.
+        The embedding too: its rows are also the head's, and with std 0.02 the first loss is about ln(V)."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        for p in self.parameters():
+            with torch.no_grad():
+                p.normal_(0, 0.02, generator=generator) if p.ndim > 1 else p.zero_()
+        return self
+
+    @property
+    def device(self):
+        return self.model.embed_tokens.weight.device
+
+    def forward(self, tokens, targets=None, reduction="mean", cache=None):
+        """tokens (B, T) int64 -> logits (B, T, V).
+
+        With targets (B, T): the cross-entropy in nats, "mean" or "sum" over the targets that are not -100.
+        With a KVCache: tokens continue what it holds, and only the last position's logits come back, (B, 1, V)."""
+        T = tokens.shape[1]
+        start = cache.length if cache is not None else 0
+        if start + T > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{start + T} tokens are more than the model's max_position_embeddings={self.config.max_position_embeddings}"
+            )
+        config, embedding = self.config, self.model.embed_tokens.weight
+        positions = torch.arange(start, start + T, device=tokens.device)
+        rope = {
+            SLIDING: rope_table(positions, config.head_dim, config.rope_local_base_freq, 1.0),
+            FULL: rope_table(positions, config.head_dim, config.rope_theta, config.rope_linear_factor),
+        }
+        mask = {SLIDING: None, FULL: None}
+        if T > config.sliding_window:  # only then does a sliding layer differ from a causal one
+            distance = positions[:, None] - positions  # (T, T), query minus key
+            mask[SLIDING] = (distance >= 0) & (distance < config.sliding_window)
+
+        # the scale is rounded to the weights' dtype, as in the published models (25.25 for 270M in bfloat16)
+        x = F.embedding(tokens, embedding) * torch.tensor(config.hidden_size**0.5, dtype=embedding.dtype)
+        x = self.dropout(x)  # (B, T, C)
+        for block in self.model.layers:
+            x = block(x, rope, mask, cache)
+        if cache is not None:
+            cache.length += T
+            x = x[:, -1:]
+        logits = F.linear(self.model.norm(x), embedding)  # (B, T, V)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction=reduction)
+
+    def num_params(self):
+        embedding = self.model.embed_tokens.weight.numel()
+        total = sum(p.numel() for p in self.parameters())
+        return NumParams(total, embedding, total - embedding)
+
+    def flops_per_token(self, T):
+        """Training FLOPs (forward and backward) per token at sequence length T: 6 per weight in a matrix product, and
+        12 * H * D per token attended to, counting the full length or window as PaLM (appendix B) and nanoGPT do."""
+        c = self.config
+        matrices = sum(p.numel() for p in self.parameters() if p.ndim > 1)  # the embedding counts as the head
+        attended = sum(min(T, c.sliding_window) if kind == SLIDING else T for kind in c.layer_types)
+        return 6 * matrices + 12 * c.num_attention_heads * c.head_dim * attended
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt,
+        max_new_tokens,
+        temperature=1.0,
+        top_k=None,
+        top_p=None,
+        min_p=None,
+        repetition_penalty=1.0,
+        stop_ids=(),
+        seed=None,
+    ):
+        """Continue prompt (B, T), T >= 1: yields a (B,) tensor of token ids per step, as it is made.
+
+        Ends after max_new_tokens, at the model's last position, or once every row has made one of stop_ids (a row
+        that has is given its first stop id from then on). Temperature 0 is greedy. Raises ValueError where the
+        prompt leaves no position free."""
+        B, T = prompt.shape
+        limit = self.config.max_position_embeddings
+        if T >= limit:
+            raise ValueError(f"the prompt's {T} tokens leave no room in the model's {limit} positions: shorten it")
+        max_tokens = min(T + max_new_tokens, limit)
+        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
+        cache = KVCache(self.config, B, max_tokens, self.device, self.model.embed_tokens.weight.dtype)
+        seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=self.device)
+        stops = torch.tensor(stop_ids, dtype=torch.int64, device=self.device)
+        done = torch.zeros(B, dtype=torch.bool, device=self.device)
+        tokens = prompt
+        for _ in range(max_tokens - T):
+            logits = self(tokens, cache=cache)[:, -1].float()  # (B, V)
+            if repetition_penalty != 1:
+                seen.scatter_(1, tokens, True)
+                penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+                logits = torch.where(seen, penalized, logits)
+            token = sample_token(logits, temperature, top_k, top_p, min_p, generator)
+            if stop_ids:
+                token = torch.where(done, stops[0], token)
+                done |= torch.isin(token, stops)
+            yield token
+            if done.all():
+                return
+            tokens = token[:, None]
+
+    @classmethod
+    def from_pretrained(cls, path, device="cpu", dtype=torch.float32, dropout=0.0):
+        """Open a directory that save_pretrained or transformers wrote. A missing or unexpected tensor is an error."""
+        path = Path(path)
+        config = GemmaConfig.from_dict(json.loads((path / "config.json").read_text()))
+        with torch.device("meta"):  # no memory, no random numbers: the file brings both
+            model = cls(config, dropout)
+        weights = {name: w.to(dtype) for name, w in load_file(path / "model.safetensors", device=str(device)).items()}
+        try:
+            model.load_state_dict(weights, strict=True, assign=True)
+        except RuntimeError as e:
+            raise ValueError(f"{path}: the weights are not those of the config beside them: {e}") from None
+        return model.requires_grad_(True)
+
+    def save_pretrained(self, path):
+        """Write config.json, generation_config.json and model.safetensors into the directory `path`."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        c = self.config
+        ids = {"bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id, "pad_token_id": c.pad_token_id}
+        (path / "config.json").write_text(json.dumps(c.to_dict(), indent=2) + "\n")
+        (path / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+        weights = {name: w.detach().contiguous() for name, w in self.state_dict().items()}
+        save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def sample_token(logits, temperature, top_k=None, top_p=None, min_p=None, generator=None):
+    """Draw from logits (B, V) -> (B,) token ids. The filters apply in transformers' order: temperature, the top_k
+    likeliest, the smallest set of mass top_p, those at least min_p times as likely as the likeliest."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        probs = ordered.softmax(-1)
+        beyond = probs.cumsum(-1) - probs >= top_p  # the mass before it suffices already
+        logits = logits.masked_fill(beyond.scatter(1, order, beyond), -math.inf)
+    if min_p:
+        probs = logits.softmax(-1)
+        logits = logits.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), -math.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]

@@ -1,0 +1,476 @@
+"""
+Text to tokens on disk: data/<name>/ with train.bin, val.bin, tokenizer.json and meta.json.
+
+    python prepare.py                                             # TinyStories from the Hub, GPT-2's vocabulary
+    python prepare.py --dataset=fables                            # the bundled corpus, no network
+    python prepare.py --dataset=stories.txt --tokenizer=bpe:4096  # a file or folder: .txt .jsonl .json .parquet
+
+The bins are flat arrays of token ids, an end-of-text token after each document. Tokenizers are stored in the Hugging
+Face format and run through tiktoken where they are byte-level BPE, through `tokenizers` otherwise.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+
+from config import UserError, run
+
+
+@dataclass
+class PrepareConfig:
+    dataset: str = "tinystories"  # tinystories, fables, a Hub id, or a file or folder of .txt .jsonl .json .parquet
+    tokenizer: str = ""  # gpt2 or another tiktoken name, bpe:SIZE to train one, a tokenizer.json; fables: bpe:2048
+    name: str = ""  # write to data/<name>; by default named after the dataset
+    text_column: str = "text"  # where the text stands in .jsonl, .json, .parquet and Hub datasets
+    separator: str = "<|endoftext|>"  # what stands between the documents of a .txt file
+    val_fraction: float = 0.01  # share of documents held out, where the dataset has no validation split
+    max_documents: int = 0  # stop after so many documents; 0: all of them (fables: 40,000)
+    seed: int = 0  # which fables are told
+
+
+END_OF_TEXT = "<|endoftext|>"
+DATA = Path(__file__).parent / "data"
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tokenizers
+
+
+class Tokenizer:
+    """A tokenizer in the Hugging Face format. Text is text: no special token is ever read out of it."""
+
+    def __init__(self, spec, eot_token=None):
+        """spec: the dict of a tokenizer.json. eot_token: the name of its end-of-text token, if not a usual one."""
+        self.spec = spec
+        special = {t["content"]: t["id"] for t in spec["added_tokens"]}
+        usual = [eot_token, END_OF_TEXT, "<eos>", "</s>", "<|end_of_text|>"]
+        self.eot_token = next((name for name in usual if name in special), None)
+        if self.eot_token is None:
+            raise UserError(f"the tokenizer has no end-of-text token: none of {', '.join(usual[1:])} is in added_tokens")
+        self.eot = special[self.eot_token]
+        self.vocab_size = 1 + max([*spec["model"]["vocab"].values(), *special.values()])
+        self.bpe = byte_level_bpe(spec, special)
+        if self.bpe is None:
+            self.hf = tokenizers.Tokenizer.from_str(json.dumps(spec))
+            self.hf.encode_special_tokens = True
+
+    @classmethod
+    def load(cls, path):
+        """Read a tokenizer.json, or the one in a directory."""
+        path = Path(path)
+        path = path / "tokenizer.json" if path.is_dir() else path
+        try:
+            spec = json.loads(path.read_text(encoding="utf-8"))
+            beside = path.with_name("tokenizer_config.json")
+            eot = json.loads(beside.read_text(encoding="utf-8")).get("eos_token") if beside.exists() else None
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file") from None
+        except ValueError as e:
+            raise UserError(f"{path}: not a tokenizer.json: {e}") from None
+        return cls(spec, eot["content"] if isinstance(eot, dict) else eot)
+
+    def save(self, path):
+        """Write the files that transformers' AutoTokenizer opens: tokenizer.json and tokenizer_config.json."""
+        (path / "tokenizer.json").write_text(json.dumps(self.spec, ensure_ascii=False), encoding="utf-8")
+        names = {key: self.eot_token for key in ("bos_token", "eos_token", "pad_token")}
+        about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
+        (path / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+
+    def encode(self, text):
+        """str -> uint32 array of token ids."""
+        if self.bpe:
+            return self.bpe.encode_to_numpy(text, disallowed_special=())
+        return np.array(self.hf.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+    def decode(self, ids):
+        """Token ids -> str, special tokens left out. An incomplete character at the end becomes U+FFFD."""
+        ids = [int(i) for i in ids]
+        if self.bpe:
+            special = self.bpe._special_tokens.values()
+            return self.bpe.decode([i for i in ids if i not in special and i < self.vocab_size])
+        return self.hf.decode(ids, skip_special_tokens=True)
+
+
+def byte_level_bpe(spec, special):
+    """The tiktoken encoding equal to a tokenizer.json, or None where it is no plain byte-level BPE."""
+    model, split = spec["model"], spec.get("pre_tokenizer") or {}
+    steps = split.get("pretokenizers", [split])
+    *before, last = steps
+    if model["type"] != "BPE" or spec.get("normalizer") or last.get("type") != "ByteLevel" or last["add_prefix_space"]:
+        return None
+    if model.get("byte_fallback") or model.get("dropout") or len(before) + last.get("use_regex", True) != 1:
+        return None
+    pattern = GPT2_PATTERN
+    if before:
+        if before[0]["type"] != "Split" or before[0]["behavior"] != "Isolated" or "Regex" not in before[0]["pattern"]:
+            return None
+        pattern = before[0]["pattern"]["Regex"]
+    byte = {char: value for value, char in BYTE_TO_CHAR.items()}
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    order = [model["vocab"].get(a + b) for a, b in merges]
+    # tiktoken merges in the order of token ids, so ids must rise with the merges
+    if None in order or order != sorted(set(order)) or not byte.keys() <= model["vocab"].keys():
+        return None
+    ranks = {
+        bytes(byte[c] for c in token): rank
+        for token, rank in model["vocab"].items()
+        if token not in special and all(c in byte for c in token)
+    }
+    if len(ranks) != 256 + len(merges):
+        return None
+    return tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+# how GPT-2 cuts text into words before merging
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# GPT-2's printable stand-ins for bytes: what prints stands for itself, the rest moves up past 255
+PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+BYTE_TO_CHAR = {b: chr(b) for b in PRINTABLE}
+BYTE_TO_CHAR |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in BYTE_TO_CHAR)}
+
+
+def tokenizer_spec(vocab, merges, pre_tokenizer, special):
+    """The dict of a tokenizer.json for a byte-level BPE."""
+    hf = tokenizers.Tokenizer(models.BPE(vocab, merges))
+    hf.pre_tokenizer, hf.decoder = pre_tokenizer, decoders.ByteLevel()
+    spec = json.loads(hf.to_str())
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    spec["added_tokens"] = [{"id": i, "content": name, **flags} for name, i in sorted(special.items(), key=lambda x: x[1])]
+    return spec
+
+
+def spec_of_tiktoken(encoding):
+    """The dict of a tokenizer.json equal to a tiktoken encoding. tiktoken keeps the merged tokens only; the pair each
+    came from is what its bytes merge to when just the earlier tokens are allowed."""
+    ranks = encoding._mergeable_ranks
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda x: x[1]):
+        if len(token) > 1:
+            parts = [token[i : i + 1] for i in range(len(token))]
+            while len(parts) > 2:
+                pairs = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
+                at = min(range(len(pairs)), key=pairs.__getitem__)
+                if pairs[at] >= rank:
+                    break
+                parts[at : at + 2] = [parts[at] + parts[at + 1]]
+            assert len(parts) == 2, f"{token}: not a merge of two earlier tokens"
+            merges.append(tuple(printable(part) for part in parts))
+    vocab = {printable(token): rank for token, rank in ranks.items()}
+    if encoding.name == "gpt2":
+        pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        # the two regex dialects differ: to Oniguruma, {1,3}+ repeats the repetition and $ ends any line
+        pattern = encoding._pat_str.replace("{1,3}+", "{1,3}").replace("$", r"\z")
+        cut = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        pre_tokenizer = pre_tokenizers.Sequence([cut, byte_level])
+    return tokenizer_spec(vocab, merges, pre_tokenizer, encoding._special_tokens)
+
+
+def printable(token):
+    return "".join(BYTE_TO_CHAR[b] for b in token)
+
+
+def train_bpe(texts, vocab_size):
+    """Train a byte-level BPE of vocab_size entries, the last of them end-of-text, on an iterator of texts."""
+    if vocab_size < 257:
+        raise UserError(f"--tokenizer=bpe:{vocab_size} is too small: 256 bytes and end-of-text make 257")
+    hf = tokenizers.Tokenizer(models.BPE())
+    hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
+    hf.train_from_iterator(texts, trainer)
+    model = json.loads(hf.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    return tokenizer_spec(model["vocab"], merges, hf.pre_tokenizer, {END_OF_TEXT: len(model["vocab"])})
+
+
+def make_tokenizer(name, texts):
+    """The tokenizer that --tokenizer names; texts() iterates over the training documents, for bpe:SIZE."""
+    if name.startswith("bpe:"):
+        if not name[4:].isdigit():
+            raise UserError(f"--tokenizer={name}: the size must be a whole number, as in bpe:4096")
+        return Tokenizer(train_bpe(texts(), int(name[4:])))
+    if Path(name).exists():
+        return Tokenizer.load(name)
+    if name not in tiktoken.list_encoding_names():
+        known = ", ".join(tiktoken.list_encoding_names())
+        raise UserError(f"--tokenizer={name}: no such file, and tiktoken knows only {known}; or train one: bpe:4096")
+    try:
+        return Tokenizer(spec_of_tiktoken(tiktoken.get_encoding(name)))
+    except OSError as e:
+        hint = "check the network, set TIKTOKEN_CACHE_DIR, or train your own with --tokenizer=bpe:4096"
+        raise UserError(f"--tokenizer={name}: tiktoken could not download it ({type(e).__name__}): {hint}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# corpora
+
+
+def open_corpus(cfg):
+    """The corpus as {"train": f} or {"train": f, "val": g}; each call of f() iterates anew over document texts."""
+    if cfg.dataset == "fables":
+        from data import fables
+
+        count = cfg.max_documents or 40_000
+        return {"train": lambda: (fables.tell(f"{cfg.seed}/{i}")[0] for i in range(count))}
+    path = Path(cfg.dataset)
+    if path.exists():
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        files = [f for f in files if f.suffix in (".txt", ".jsonl", ".json", ".parquet")]
+        if not files:
+            raise UserError(f"{path}: no .txt, .jsonl, .json or .parquet file here")
+        held_out = [f for f in files if re.search(r"(^|[-_. ])(val|valid|validation)([-_. ]|$)", f.stem)]
+        if not held_out or len(held_out) == len(files):
+            return {"train": lambda: read_files(files, cfg)}
+        rest = [f for f in files if f not in held_out]
+        return {"train": lambda: read_files(rest, cfg), "val": lambda: read_files(held_out, cfg)}
+    if cfg.dataset.startswith((".", "/")) or path.suffix in (".txt", ".jsonl", ".json", ".parquet"):
+        raise UserError(f"--dataset={cfg.dataset}: no such file or folder")
+    return open_hub("roneneldan/TinyStories" if cfg.dataset == "tinystories" else cfg.dataset, cfg)
+
+
+def open_hub(name, cfg):
+    import datasets  # slow to import, and only needed here and for .json and .parquet
+
+    try:
+        splits = datasets.load_dataset(name)
+    except Exception as e:  # the Hub fails in many ways; each has one line to say
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise UserError(
+            f"--dataset={name}: not a file or folder here, and not to be had from the Hugging Face Hub: {reason}"
+        ) from None
+    train = splits.get("train") or next(iter(splits.values()))
+    held_out = splits.get("validation")
+    corpus = {"train": lambda: column(train, cfg.text_column, name)}
+    if held_out is not None:
+        corpus["val"] = lambda: column(held_out, cfg.text_column, name)
+    return corpus
+
+
+def column(rows, name, source):
+    for row in rows:
+        if name not in row:
+            raise UserError(f"{source}: no column {name!r}; --text_column can be one of {', '.join(row)}")
+        if not isinstance(row[name], str):
+            raise UserError(f"{source}: column {name!r} holds {type(row[name]).__name__}, not text")
+        yield row[name]
+
+
+def read_files(files, cfg):
+    import datasets
+
+    for path in files:
+        if path.suffix == ".txt":
+            yield from read_txt(path, cfg.separator.encode())
+            continue
+        kind = "parquet" if path.suffix == ".parquet" else "json"
+        try:
+            rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
+            yield from column(rows, cfg.text_column, path)
+        except (datasets.exceptions.DatasetGenerationError, ValueError) as e:
+            raise UserError(f"{path}: not readable as {kind}: {str(e).splitlines()[0]}") from None
+
+
+def read_txt(path, separator):
+    """The documents of a text file, one at a time, so that its size does not matter."""
+    rest, start = b"", 0
+    with open(path, "rb") as f:
+        while True:
+            block = f.read(1 << 20)
+            *documents, rest = (rest + block).split(separator) if block else [rest, b""]
+            for document in documents:
+                try:
+                    yield document.decode("utf-8")
+                except UnicodeDecodeError as e:
+                    raise UserError(f"{path}: not UTF-8 at byte {start + e.start}; convert it, as with iconv") from None
+                start += len(document) + len(separator)
+            if not block:
+                return
+
+
+def is_held_out(text, fraction):
+    """Whether a document belongs to the validation split. Its text alone decides, so neither order nor duplicates
+    can move it across."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# writing
+
+
+class Split:
+    """One split in the making: a bin that grows, and what is counted on the way."""
+
+    def __init__(self, path, dtype):
+        self.file, self.dtype = open(path, "wb"), dtype
+        self.bytes = 0
+        self.lengths = np.zeros(0, dtype=np.int64)  # how many documents have 0, 1, 2, ... tokens
+
+    def add(self, tokens, lengths, num_bytes):
+        self.file.write(tokens.astype(self.dtype).tobytes())
+        self.bytes += num_bytes
+        counts = np.bincount(lengths, minlength=len(self.lengths))
+        counts[: len(self.lengths)] += self.lengths
+        self.lengths = counts
+
+    def close(self):
+        """The counts of the finished bin. A document's length here counts its end-of-text token."""
+        self.file.close()
+        documents = int(self.lengths.sum())
+        tokens = int(self.lengths @ np.arange(len(self.lengths)))
+        median, long = (int(np.searchsorted(self.lengths.cumsum(), q * documents)) for q in (0.5, 0.95))
+        return {
+            "tokens": tokens,
+            "documents": documents,
+            "bytes": self.bytes,
+            "median_document_tokens": median,
+            "p95_document_tokens": long,
+        }
+
+
+def batches(texts, num_bytes=1 << 19):
+    """Lists of texts of about num_bytes together."""
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= num_bytes:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encode(tokenizer, texts):
+    """Texts -> (tokens of all of them, each ended, as one array; their lengths in tokens; their bytes)."""
+    documents = [tokenizer.encode(text) for text in texts]
+    lengths = np.array([len(d) + 1 for d in documents])
+    tokens = np.full(lengths.sum(), tokenizer.eot, dtype=np.uint32)
+    inside = np.ones(len(tokens), dtype=bool)
+    inside[lengths.cumsum() - 1] = False
+    tokens[inside] = np.concatenate(documents)
+    return tokens, lengths, sum(len(text.encode()) for text in texts)
+
+
+def swap_in(new, old):
+    """Put the finished directory `new` in the place of `old`. At every moment one of them is there and whole."""
+    aside = old.with_name(old.name + ".replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    if old.exists():
+        os.replace(old, aside)
+    os.replace(new, old)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def main(cfg):
+    if not 0 <= cfg.val_fraction < 1:
+        raise UserError(f"--val_fraction={cfg.val_fraction}: must be at least 0 and less than 1")
+    is_fables = cfg.dataset == "fables"
+    path = Path(cfg.dataset)
+    out = DATA / (cfg.name or (path.resolve().stem if path.exists() else path.name))
+    corpus = open_corpus(cfg)
+
+    def documents(split):
+        texts = itertools.islice(corpus[split](), cfg.max_documents or None)
+        return filter(None, map(str.strip, texts))
+
+    def split_of(text, split):
+        """The documents of "train" are shared out where the dataset has no "val" of its own."""
+        return "val" if "val" not in corpus and is_held_out(text, cfg.val_fraction) else split
+
+    def training_texts():
+        progress = tqdm(documents("train"), "training the tokenizer", unit=" documents", mininterval=1)
+        return (text for text in progress if split_of(text, "train") == "train")
+
+    tokenizer = make_tokenizer(cfg.tokenizer or ("bpe:2048" if is_fables else "gpt2"), training_texts)
+    part = out.with_name(out.name + ".part")  # nothing reads this name, so half a dataset is never taken for one
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    splits = {name: Split(part / f"{name}.bin", dtype) for name in ("train", "val")}
+    floor_bits = 0.0
+
+    def encode_batch(split, texts):
+        """Runs in a thread: tiktoken leaves Python to the others while it works."""
+        shares = {name: [text for text in texts if split_of(text, split) == name] for name in splits}
+        encoded = {name: encode(tokenizer, share) for name, share in shares.items() if share}
+        return encoded, fable_bits(shares["val"]) if is_fables else 0.0
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        bar = tqdm(desc="tokenizing", unit="B", unit_scale=True, mininterval=1)
+        pending = deque()
+        jobs = (pool.submit(encode_batch, name, texts) for name in corpus for texts in batches(documents(name)))
+        for job in itertools.chain(jobs, [None] * 2 * os.cpu_count()):
+            pending.append(job)
+            if len(pending) <= 2 * os.cpu_count():  # in order, and few at a time, however large the corpus
+                continue
+            if (oldest := pending.popleft()) is not None:
+                encoded, bits = oldest.result()
+                floor_bits += bits
+                for name, (tokens, lengths, num_bytes) in encoded.items():
+                    splits[name].add(tokens, lengths, num_bytes)
+                    bar.update(num_bytes)
+        bar.close()
+
+    counts = {name: split.close() for name, split in splits.items()}
+    if not counts["train"]["tokens"]:
+        raise UserError(f"--dataset={cfg.dataset}: no text in it")
+    if not counts["val"]["tokens"]:
+        raise UserError(
+            f"--val_fraction={cfg.val_fraction} left no document of {counts['train']['documents']} for validation: raise it"
+        )
+    meta = {
+        "source": cfg.dataset,
+        "tokenizer": cfg.tokenizer or ("bpe:2048" if is_fables else "gpt2"),
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": dtype.name,
+        "train": counts["train"],
+        "val": counts["val"],
+        "floor_bits_per_byte": floor_bits / counts["val"]["bytes"] if is_fables else None,
+    }
+    tokenizer.save(part)
+    (part / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    swap_in(part, out)
+    report(out, meta)
+
+
+def fable_bits(texts):
+    """-log2 of the probability with which the grammar tells these fables, summed."""
+    from data import fables
+
+    bits = 0.0
+    for text in texts:
+        ((information, _),) = fables.derivations(text)  # exactly one, or the floor would be wrong
+        bits += information
+    return bits
+
+
+def report(out, meta):
+    print(f"\n{out}: {meta['tokenizer']} with {meta['vocab_size']:,} tokens, stored as {meta['dtype']}")
+    print(f"{'':8}{'documents':>12}{'tokens':>16}{'bytes':>16}{'bytes/token':>13}{'median':>8}{'95%':>6}  tokens a document")
+    for name in ("train", "val"):
+        c = meta[name]
+        print(
+            f"{name:8}{c['documents']:12,}{c['tokens']:16,}{c['bytes']:16,}{c['bytes'] / c['tokens']:13.3f}"
+            f"{c['median_document_tokens']:8,}{c['p95_document_tokens']:6,}"
+        )
+    if meta["floor_bits_per_byte"] is not None:
+        print(f"entropy floor of the validation split: {meta['floor_bits_per_byte']:.4f} bits per byte")
+
+
+if __name__ == "__main__":
+    run(main, PrepareConfig)
