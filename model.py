@@ -38,7 +38,7 @@ class GemmaConfig:
     num_attention_heads: int = 4  # query heads
     num_key_value_heads: int = 1  # key/value heads, each shared by a group of query heads
     head_dim: int = 256  # width of a head; not hidden_size / heads
-    query_pre_attn_scalar: float | None = None  # attention scale is this to the -1/2; None: head_dim
+    query_pre_attn_scalar: int | None = None  # attention scale is this to the -1/2; None: head_dim
     max_position_embeddings: int = 32768  # longest sequence
     sliding_window: int = 512  # a query of a sliding layer sees itself and the window - 1 tokens before it
     sliding_window_pattern: int = 6  # every 6th layer attends to everything, the others slide
@@ -53,7 +53,7 @@ class GemmaConfig:
 
     def __post_init__(self):
         if self.query_pre_attn_scalar is None:
-            self.query_pre_attn_scalar = float(self.head_dim)
+            self.query_pre_attn_scalar = self.head_dim
         if self.layer_types is None:
             every = self.sliding_window_pattern
             self.layer_types = [FULL if (i + 1) % every == 0 else SLIDING for i in range(self.num_hidden_layers)]
@@ -389,11 +389,16 @@ class Gemma(nn.Module):
 
 
 def sample_token(logits, temperature, top_k=None, top_p=None, min_p=None, generator=None):
-    """Draw from logits (B, V) -> (B,) token ids. The filters apply in transformers' order: temperature, the top_k
-    likeliest, the smallest set of mass top_p, those at least min_p times as likely as the likeliest."""
+    """Draw from logits (B, V) -> (B,) token ids; temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    probs = filter_logits(logits / temperature, top_k, top_p, min_p).softmax(-1)
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+def filter_logits(logits, top_k=None, top_p=None, min_p=None):
+    """Set to -inf what sampling shall not draw from logits (B, V). The filters apply in transformers' order: keep the
+    top_k likeliest, then the smallest set of mass top_p, then those at least min_p times as likely as the likeliest."""
     if top_k:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
@@ -401,8 +406,8 @@ def sample_token(logits, temperature, top_k=None, top_p=None, min_p=None, genera
         ordered, order = logits.sort(descending=True)
         probs = ordered.softmax(-1)
         beyond = probs.cumsum(-1) - probs >= top_p  # the mass before it suffices already
-        logits = logits.masked_fill(beyond.scatter(1, order, beyond), -math.inf)
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -math.inf)
     if min_p:
         probs = logits.softmax(-1)
         logits = logits.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), -math.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    return logits

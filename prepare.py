@@ -222,10 +222,10 @@ def make_tokenizer(name, texts):
 def open_corpus(cfg):
     """The corpus as {"train": f} or {"train": f, "val": g}; each call of f() iterates anew over document texts."""
     if cfg.dataset == "fables":
-        from data import fables
+        from data import fable_grammar
 
         count = cfg.max_documents or 40_000
-        return {"train": lambda: (fables.tell(f"{cfg.seed}/{i}")[0] for i in range(count))}
+        return {"train": lambda: (fable_grammar.tell(f"{cfg.seed}/{i}")[0] for i in range(count))}
     path = Path(cfg.dataset)
     if path.exists():
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
@@ -450,11 +450,11 @@ def main(cfg):
 
 def fable_bits(texts):
     """-log2 of the probability with which the grammar tells these fables, summed."""
-    from data import fables
+    from data import fable_grammar
 
     bits = 0.0
     for text in texts:
-        ((information, _),) = fables.derivations(text)  # exactly one, or the floor would be wrong
+        ((information, _),) = fable_grammar.derivations(text)  # exactly one, or the floor would be wrong
         bits += information
     return bits
 

@@ -66,6 +66,20 @@ class TrainConfig:
     compile: bool = True  # torch.compile the model
     seed: int = 1337  # of the initial weights, the order of the data, dropout and samples
 
+    def __post_init__(self):
+        for key in ("batch_size", "block_size", "gradient_accumulation_steps", "eval_interval", "log_interval"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
+        for key, choices in (("optimizer", ("muon", "adamw")), ("decay", ("cosine", "linear"))):
+            if getattr(self, key) not in choices:
+                raise ValueError(f"{key}={getattr(self, key)!r} must be {' or '.join(choices)}")
+        if not 0 < self.learning_rate:
+            raise ValueError(f"learning_rate={self.learning_rate} must be above 0")
+        if not 0 <= self.min_lr <= self.learning_rate:
+            raise ValueError(f"min_lr={self.min_lr} must lie between 0 and learning_rate={self.learning_rate}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and less than 1")
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # data
@@ -228,3 +242,316 @@ def learning_rate(step, cfg):
         cooldown = max(1, cfg.cooldown_frac * cfg.max_iters)
         share = min(1, max(0, (cfg.max_iters - step) / cooldown))
     return cfg.min_lr + share * (cfg.learning_rate - cfg.min_lr)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# evaluation, log, checkpoints
+
+
+def evaluate(model, batches, device, dtype):
+    """Mean loss in nats over the targets of batches of (inputs, targets)."""
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    with torch.no_grad(), autocast(device, dtype):
+        for x, y in batches:
+            total += model(x.to(device), y.to(device), reduction="sum").item()
+            count += int((y != -100).sum())
+    model.train(was_training)
+    return total / count
+
+
+def val_batches(rows, cfg):
+    """The validation split, or the first eval_tokens of it: always the same rows, each token a target once."""
+    count = len(rows)
+    if cfg.eval_tokens:
+        count = 1 + min(len(rows) - 1, int(np.searchsorted(rows.fresh.cumsum(), cfg.eval_tokens)))
+    for i in range(0, count, cfg.batch_size):
+        yield rows.batch(range(i, min(i + cfg.batch_size, count)), fresh_only=True)
+
+
+def bits_per_byte(loss, counts):
+    """Loss in nats a token -> bits a byte of text, comparable across tokenizers. counts: of the split, from meta.json."""
+    return loss / math.log(2) * counts["tokens"] / counts["bytes"]
+
+
+class Log:
+    """log.jsonl, one object a line, and its mirrors. Resuming drops the lines after the checkpoint's step."""
+
+    def __init__(self, cfg, out_dir, step):
+        self.path = out_dir / "log.jsonl"
+        kept = read_log(self.path) if step else []
+        kept = [entry for entry in kept if entry["step"] <= step]
+        write_atomically(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        self.run = self.board = None
+        if cfg.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("--wandb=True needs a package that is not here: pip install wandb") from None
+            self.run = wandb.init(project="nanogemma", name=out_dir.name, config=asdict(cfg))
+        if cfg.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard=True needs a package that is not here: pip install tensorboard") from None
+            self.board = SummaryWriter(out_dir / "tensorboard")
+
+    def write(self, entry):
+        with open(self.path, "a") as f:
+            f.write(json.dumps(entry) + "\n")
+        numbers = {k: v for k, v in entry.items() if isinstance(v, int | float) and k != "step"}
+        if self.run:
+            self.run.log(numbers, step=entry["step"])
+        if self.board:
+            for key, value in numbers.items():
+                self.board.add_scalar(f"{entry['event']}/{key}", value, entry["step"])
+
+
+def read_log(path):
+    """The entries of a log.jsonl; a line torn by a crash ends it."""
+    entries = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries
+
+
+def write_atomically(path, text):
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def draw_loss(out_dir, floor, counts):
+    """loss.png from log.jsonl: training and validation loss in nats a token, and the entropy floor where known."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    entries = read_log(out_dir / "log.jsonl")
+    steps = [e for e in entries if e["event"] == "step"]
+    evals = [e for e in entries if e["event"] == "eval"]
+    fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+    ax.plot([e["step"] for e in steps], [e["train_loss"] for e in steps], lw=0.8, alpha=0.6, label="training")
+    ax.plot([e["step"] for e in evals], [e["val_loss"] for e in evals], "o-", ms=3, label="validation")
+    if floor is not None:
+        nats = floor * math.log(2) * counts["bytes"] / counts["tokens"]
+        ax.axhline(nats, color="black", ls=":", lw=1, label="entropy floor")
+    low = min(e["val_loss"] for e in evals)
+    first = max((e["train_loss"] for e in steps), default=evals[0]["val_loss"])
+    ax.set(xlabel="update", ylabel="loss (nats per token)", title=out_dir.name, ylim=(0.7 * low, min(first, 4 * low)))
+    ax.grid(alpha=0.3)
+    ax.legend()
+    fig.savefig(out_dir / "loss.png", dpi=110)
+    plt.close(fig)
+
+
+def save_checkpoint(path, model, tokenizer, state=None):
+    """Write a model directory (and the state to resume from) beside `path`, then swap it in."""
+    part = path.with_name(path.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    tokenizer.save(part)
+    if state is not None:
+        torch.save(state, part / "train_state.pt")
+    swap_in(part, path)
+
+
+def whole_checkpoint(path):
+    """path, or where a crash in the middle of a swap left it."""
+    aside = path.with_name(path.name + ".replaced")
+    return path if path.exists() or not aside.exists() else aside
+
+
+def open_model(path, device, dropout=0.0):
+    """Gemma.from_pretrained, with what can be wrong in one line."""
+    path = whole_checkpoint(Path(path))
+    try:
+        return Gemma.from_pretrained(path, device=device, dropout=dropout)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path}: not a Gemma 3 model directory: {str(e).splitlines()[0]}") from None
+
+
+def sample_story(model, tokenizer, cfg, device):
+    """A short story for the eye, the same draw at every evaluation."""
+    prompt = torch.tensor([[tokenizer.eot, *map(int, tokenizer.encode(cfg.sample_prompt))]], device=device)
+    model.eval()
+    ids = [t.item() for t in model.generate(prompt, cfg.sample_tokens, 0.8, stop_ids=[tokenizer.eot], seed=cfg.seed)]
+    model.train()
+    return cfg.sample_prompt + tokenizer.decode(ids)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the loop
+
+
+def train(cfg, model, optimizers, out_dir, updates, validation, tokenizer, meta, state, device, dtype):
+    """Train until max_iters. `updates(step)` gives the micro-batches of an update and `validation()` the batches of an
+    evaluation, both as (inputs, targets); `state` is where to begin: step, tokens, seconds, best_val_loss."""
+    log = Log(cfg, out_dir, state["step"])
+    forward = torch.compile(model) if cfg.compile else model
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    peak = peak_flops(device, dtype)
+    floor = meta["floor_bits_per_byte"]
+    step, started = state["step"], time.perf_counter() - state["seconds"]
+    window_start, window_tokens, window_steps = time.perf_counter(), 0, 0
+
+    def evaluate_and_save():
+        nonlocal window_start
+        paused = time.perf_counter()
+        loss = evaluate(model, validation(), device, dtype)
+        bpb = bits_per_byte(loss, meta["val"])
+        is_best = loss < state["best_val_loss"]
+        state["best_val_loss"] = min(loss, state["best_val_loss"])
+        state["step"], state["seconds"] = step, time.perf_counter() - started
+        against_floor = f" ({bpb / floor:.2f} x the floor of {floor:.4f})" if floor else ""
+        print(f"update {step}: val loss {loss:.4f}, perplexity {math.exp(loss):.2f}, {bpb:.4f} bits per byte{against_floor}")
+        keys = ("step", "tokens", "seconds")
+        log.write({"event": "eval", **{k: state[k] for k in keys}, "val_loss": loss, "val_bpb": bpb,
+                   "best_val_loss": state["best_val_loss"]})  # fmt: skip
+        draw_loss(out_dir, floor, meta["val"])
+        story = sample_story(model, tokenizer, cfg, device)
+        print(f"  {story}\n", flush=True)
+        with open(out_dir / "samples.txt", "a", encoding="utf-8") as f:
+            f.write(f"--- update {step}, val loss {loss:.4f}\n{story}\n\n")
+        optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
+        save_checkpoint(out_dir / "last", model, tokenizer, {**state, "optimizers": optimizer_states, "config": asdict(cfg)})
+        if is_best:
+            save_checkpoint(out_dir / "best", model, tokenizer)
+        window_start += time.perf_counter() - paused
+
+    model.train()
+    while step < cfg.max_iters:
+        if step % cfg.eval_interval == 0 and step > state["step"] or step == 0:
+            evaluate_and_save()
+        lr = learning_rate(step, cfg)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        torch.manual_seed(hash((cfg.seed, step)))  # dropout, too, is a function of (seed, step)
+        micro_batches = updates(step)
+        # every target of the update weighs the same, however unevenly micro-batches share them
+        num_targets = sum(int((y != -100).sum()) for _, y in micro_batches)
+        total = torch.zeros((), device=device)
+        for x, y in micro_batches:
+            with autocast(device, dtype):
+                loss = forward(x.to(device), y.to(device), reduction="sum") / num_targets
+            loss.backward()
+            total += loss.detach()
+        grad_norm = torch.nn.utils.clip_grad_norm_(trainable, cfg.grad_clip or math.inf)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step += 1
+        tokens = sum(x.numel() for x, _ in micro_batches)
+        state["tokens"] += tokens
+        window_tokens, window_steps = window_tokens + tokens, window_steps + 1
+        if step % cfg.log_interval == 0 or step == cfg.max_iters:
+            train_loss = total.item()  # waits for the device
+            now = time.perf_counter()
+            rate = window_tokens / (now - window_start)
+            mfu = rate * model.flops_per_token(x.shape[1]) / peak
+            left = (cfg.max_iters - step) * (now - window_start) / window_steps
+            log.write({"event": "step", "step": step, "tokens": state["tokens"], "seconds": now - started,
+                       "train_loss": train_loss, "lr": lr, "grad_norm": grad_norm.item(), "tokens_per_sec": rate,
+                       "mfu": mfu})  # fmt: skip
+            print(
+                f"update {step:5}/{cfg.max_iters}: loss {train_loss:.4f}, lr {lr:.2e}, grad norm {grad_norm.item():.2f}, "
+                f"{rate:,.0f} tokens/s, {mfu:.0%} MFU, {clock(left)} left",
+                flush=True,
+            )
+            window_start, window_tokens, window_steps = now, 0, 0
+    evaluate_and_save()  # the last update's weights are evaluated and saved like any other's
+
+
+def clock(seconds):
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def start_model(cfg, arch, out_dir, meta, tokenizer, device):
+    """The model that init_from names, and the state to train it from."""
+    state = {"step": 0, "tokens": 0, "seconds": 0.0, "best_val_loss": math.inf}
+    if cfg.init_from == "scratch":
+        vocab_size = arch.vocab_size
+        if vocab_size == GemmaConfig.vocab_size:  # not set: the tokenizer's, rounded up, as GPUs multiply in tiles of 64
+            vocab_size = math.ceil(meta["vocab_size"] / 64) * 64
+        special = {key: tokenizer.eot for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        config = replace(arch, vocab_size=vocab_size, **special)
+        with torch.device(device):
+            model = Gemma(config, cfg.dropout).init_weights(cfg.seed)
+    else:
+        path = whole_checkpoint(out_dir / "last") if cfg.init_from == "resume" else Path(cfg.init_from)
+        if not path.is_dir():
+            raise UserError(f"--init_from={cfg.init_from}: no checkpoint in {path}")
+        model = open_model(path, device, cfg.dropout)
+        if Tokenizer.load(path).spec["model"] != tokenizer.spec["model"]:
+            raise UserError(f"the tokenizer of {path} is not that of the dataset: prepare it with --tokenizer={path}")
+        if cfg.init_from == "resume":
+            state = torch.load(path / "train_state.pt", map_location=device, weights_only=True)
+    config = model.config
+    if meta["vocab_size"] > config.vocab_size:
+        raise UserError(f"the tokenizer's {meta['vocab_size']} entries do not fit into vocab_size={config.vocab_size}")
+    if cfg.block_size > config.max_position_embeddings:
+        raise UserError(f"block_size={cfg.block_size} exceeds max_position_embeddings={config.max_position_embeddings}")
+    return model, state
+
+
+def print_plan(cfg, model, rows, state, device, dtype):
+    n = model.num_params()
+    per_update = cfg.batch_size * cfg.gradient_accumulation_steps
+    epochs = cfg.max_iters * per_update / len(rows)
+    print(f"model: {n.total / 1e6:.1f}M parameters, {n.embedding / 1e6:.1f}M in the tied embedding, "
+          f"{n.non_embedding / 1e6:.1f}M in the rest")  # fmt: skip
+    print(f"updates: {cfg.max_iters - state['step']:,} of {per_update * cfg.block_size:,} tokens, {epochs:.2f} epochs of "
+          f"{len(rows):,} rows in all")  # fmt: skip
+    print(f"device: {device}, {str(dtype).removeprefix('torch.')}, {'compiled' if cfg.compile else 'not compiled'}")
+    if cfg.warmup_iters >= cfg.max_iters:
+        print(f"warning: warmup_iters={cfg.warmup_iters} never ends before max_iters={cfg.max_iters}")
+    if epochs > 30 and not cfg.dropout:
+        print(f"warning: {epochs:.0f} epochs over the same text without dropout will memorize it")
+
+
+def main(cfg, arch):
+    device = pick_device(cfg.device)
+    dtype = pick_dtype(cfg.dtype, device)
+    torch.set_float32_matmul_precision("high")
+    path, meta, tokenizer = open_dataset(cfg.dataset)
+    out_dir = Path(cfg.out_dir or f"out/{cfg.dataset}")
+    if cfg.compile and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
+        print("no C++ compiler here: going on without torch.compile")
+        cfg = replace(cfg, compile=False)
+    model, state = start_model(cfg, arch, out_dir, meta, tokenizer, device)
+    val_rows = Rows(path, meta, "val", cfg.block_size, tokenizer.eot)
+    if cfg.eval_only:
+        loss = evaluate(model, val_batches(val_rows, cfg), device, dtype)
+        floor = meta["floor_bits_per_byte"]
+        print(f"val loss {loss:.4f}, perplexity {math.exp(loss):.2f}, {bits_per_byte(loss, meta['val']):.4f} bits per byte"
+              + (f" (floor {floor:.4f})" if floor else ""))  # fmt: skip
+        return
+    if cfg.init_from != "resume" and out_dir.exists():
+        aside = out_dir.with_name(f"{out_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        os.replace(out_dir, aside)
+        print(f"the run that was in {out_dir} is now in {aside}")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    rows = Rows(path, meta, "train", cfg.block_size, tokenizer.eot)
+    print_plan(cfg, model, rows, state, device, dtype)
+    optimizers = make_optimizers(model, cfg)
+    for optimizer, optimizer_state in zip(optimizers, state.pop("optimizers", []), strict=False):
+        optimizer.load_state_dict(optimizer_state)
+    state.pop("config", None)
+
+    def updates(step):
+        return rows.update(step, cfg)
+
+    def validation():
+        return val_batches(val_rows, cfg)
+
+    train(cfg, model, optimizers, out_dir, updates, validation, tokenizer, meta, state, device, dtype)
+    print(f'done. Read what it writes: python sample.py --out_dir={out_dir} --start="Once"')
+
+
+if __name__ == "__main__":
+    run(main, TrainConfig, GemmaConfig)

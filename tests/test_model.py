@@ -1,0 +1,279 @@
+"""model.py against transformers' Gemma3ForCausalLM, on the same weights."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
+from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from model import FULL, SLIDING, Gemma, GemmaConfig, KVCache, filter_logits, sample_token
+
+
+def small(**changes):
+    """Both layer types, a window that sequences exceed, a scale that is not head_dim's."""
+    shape = dict(
+        vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=23, sliding_window=7, sliding_window_pattern=3,
+        max_position_embeddings=256, pad_token_id=None,
+    )  # fmt: skip
+    return GemmaConfig(**shape | changes)
+
+
+def random_model(config, seed=0):
+    """Weights large enough that every part matters, norms included."""
+    model = Gemma(config).init_weights(seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.15 * torch.randn(p.shape, generator=generator))
+    return model.eval()
+
+
+def peer_of(model, path):
+    model.save_pretrained(path)
+    return Gemma3ForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+
+
+def random_tokens(config, *shape, seed=1):
+    return torch.randint(0, config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("factor", [1.0, 8.0])
+@pytest.mark.parametrize("pattern", [1, 2, 3])
+def test_logits_and_gradients_equal_transformers(tmp_path, kv_heads, factor, pattern):
+    config = small(num_key_value_heads=kv_heads, rope_linear_factor=factor, sliding_window_pattern=pattern)
+    model = random_model(config, seed=kv_heads)
+    peer = peer_of(model, tmp_path)
+    x = random_tokens(config, 3, 41)
+    assert (model(x) - peer(x).logits).abs().max() < 1e-4
+    y = x[:, 1:].clone()
+    y[0, :30] = -100
+    model(x[:, :-1], y).backward()
+    logits = peer(x[:, :-1]).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()).backward()
+    theirs = dict(peer.named_parameters())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, theirs[name].grad, rtol=1e-3, atol=1e-4)
+
+
+def test_full_270m_shape_equals_transformers(tmp_path):
+    config = GemmaConfig(vocab_size=2048)  # all of 270M but the width of its vocabulary
+    model = random_model(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" not in name:
+                p.mul_(0.15)  # about the size of trained weights, at this width
+    peer = peer_of(model, tmp_path)
+    x = random_tokens(config, 1, 600)  # beyond the window of 512
+    with torch.no_grad():
+        assert (model(x) - peer(x).logits).abs().max() < 1e-4
+
+
+def test_window_edge():
+    """A key 'window' tokens back is out of sight of a sliding layer, the one before it is seen."""
+    config = small(num_hidden_layers=1, layer_types=[SLIDING])
+    model = random_model(config)
+    x = random_tokens(config, 1, 20)
+    changed = x.clone()
+    changed[0, 5] = (x[0, 5] + 1) % config.vocab_size
+    moved = (model(x) - model(changed)).abs().amax(-1)[0]
+    assert (moved[:5] == 0).all() and (moved[5:12] > 0).all() and (moved[12:] == 0).all()
+
+
+def test_published_parameter_count():
+    with torch.device("meta"):
+        n = Gemma(GemmaConfig()).num_params()
+        gpt2 = Gemma(GemmaConfig(vocab_size=50304)).num_params()
+    assert n.total == 268_098_176 and n.total == n.embedding + n.non_embedding
+    assert round(gpt2.total / 1e6, 1) == 132.5 and round(gpt2.non_embedding / 1e6, 1) == 100.3
+
+
+def test_flops_per_token_equals_counted_flops():
+    config = small(hidden_size=64, intermediate_size=256, sliding_window=64, layer_types=[FULL] * 4)
+    model = Gemma(config).init_weights(0)
+    x = random_tokens(config, 2, 64)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(x, x).backward()
+    assert counter.get_total_flops() == pytest.approx(model.flops_per_token(64) * x.numel(), rel=1e-6)
+
+
+def test_loss_reductions():
+    config = small()
+    model = random_model(config)
+    x = random_tokens(config, 2, 12)
+    y = torch.where(random_tokens(config, 2, 12, seed=2) < 30, -100, x)
+    logits = model(x).double()
+    expected = -logits.log_softmax(-1).gather(-1, y.clamp(min=0)[..., None])[..., 0][y != -100]
+    assert model(x, y).item() == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert model(x, y, reduction="sum").item() == pytest.approx(expected.sum().item(), rel=1e-5)
+
+
+def test_first_loss_is_that_of_uniform_guessing():
+    config = GemmaConfig(vocab_size=4096, num_hidden_layers=2)
+    loss = Gemma(config).init_weights(0)(random_tokens(config, 2, 64), random_tokens(config, 2, 64, seed=3))
+    assert abs(loss.item() - torch.tensor(4096.0).log().item()) < 0.3
+
+
+def test_init_is_a_function_of_the_seed():
+    a, b, c = (Gemma(small()).init_weights(seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not any(torch.equal(a[k], c[k]) for k in a if "norm" not in k)
+
+
+@pytest.mark.parametrize("prompt_length", [1, 3, 7, 8, 20])
+def test_cached_generation_equals_uncached_beyond_the_window(prompt_length):
+    """The bug of many caches: right up to the window, gibberish after it (litgpt 2153, 2182)."""
+    config = small()
+    model = random_model(config)
+    prompt = random_tokens(config, 2, prompt_length)
+    made = torch.stack(list(model.generate(prompt, 40, temperature=0)), 1)
+    tokens = prompt
+    with torch.no_grad():
+        for _ in range(40):
+            tokens = torch.cat((tokens, model(tokens)[:, -1:].argmax(-1)), 1)
+    assert torch.equal(made, tokens[:, prompt_length:])
+
+
+def test_cache_of_a_sliding_layer_holds_its_window():
+    config = small()
+    cache = KVCache(config, 2, 100, "cpu", torch.float32)
+    slots = [layer.shape[3] for layer in cache.layers]
+    assert slots == [7 if kind == SLIDING else 100 for kind in config.layer_types]
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.7])
+def test_greedy_generation_equals_transformers(tmp_path, penalty):
+    config = small()
+    model = random_model(config)
+    peer = peer_of(model, tmp_path)
+    prompt = random_tokens(config, 2, 5)
+    ours = torch.stack(list(model.generate(prompt, 40, temperature=0, repetition_penalty=penalty)), 1)
+    options = dict(max_new_tokens=40, do_sample=False, repetition_penalty=penalty, eos_token_id=None, pad_token_id=0)
+    theirs = peer.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    assert torch.equal(ours, theirs[:, 5:])
+
+
+@pytest.mark.parametrize("top_k, top_p, min_p", [(5, None, None), (None, 0.7, None), (None, None, 0.2), (30, 0.9, 0.05)])
+def test_filters_equal_transformers(top_k, top_p, min_p):
+    logits = 3 * torch.randn(16, 97, generator=torch.Generator().manual_seed(0))
+    theirs = logits
+    if top_k:
+        theirs = TopKLogitsWarper(top_k)(None, theirs)
+    if top_p:
+        theirs = TopPLogitsWarper(top_p)(None, theirs)
+    if min_p:
+        theirs = MinPLogitsWarper(min_p)(None, theirs)
+    assert torch.equal(filter_logits(logits, top_k, top_p, min_p), theirs)
+
+
+def test_top_k_above_the_vocabulary_keeps_everything():
+    logits = torch.randn(2, 10)
+    assert torch.equal(filter_logits(logits, top_k=99), logits)
+
+
+def test_sampling_follows_the_distribution():
+    logits = torch.tensor([0.0, 1.0, 2.0]).expand(20_000, 3)
+    drawn = sample_token(logits, 2.0, generator=torch.Generator().manual_seed(0))
+    expected = (logits[0] / 2).softmax(-1)
+    assert torch.allclose(drawn.bincount().float() / len(drawn), expected, atol=0.015)
+
+
+def test_generation_stops_and_repeats_with_its_seed():
+    """Generation that never ends at end of text is the oldest complaint (nanoGPT 36, 308)."""
+    config = small()
+    model = random_model(config)
+    prompt = random_tokens(config, 3, 4)
+    runs = [torch.stack(list(model.generate(prompt, 60, seed=5)), 1) for _ in range(2)]
+    assert torch.equal(*runs)
+    stop = runs[0][0, 10].item()
+    row = torch.stack(list(model.generate(prompt[:1], 60, temperature=0)), 1)[0].tolist()
+    stopped = torch.stack(list(model.generate(prompt[:1], 60, temperature=0, stop_ids=[row[10]])), 1)[0].tolist()
+    assert stopped == row[: row.index(row[10]) + 1]
+    batch = torch.stack(list(model.generate(prompt, 60, stop_ids=[stop], seed=5)), 1)
+    for row in batch.tolist():
+        if stop in row:
+            assert set(row[row.index(stop) :]) == {stop}
+
+
+def test_generation_ends_at_the_last_position():
+    config = small(max_position_embeddings=16)
+    model = random_model(config)
+    assert len(list(model.generate(random_tokens(config, 1, 10), 99))) == 6
+    with pytest.raises(ValueError, match="16 positions"):
+        next(model.generate(random_tokens(config, 1, 16), 1))
+    with pytest.raises(ValueError, match="max_position_embeddings"):
+        model(random_tokens(config, 1, 17))
+
+
+def test_dropout_acts_in_training_only():
+    config = small()
+    model = Gemma(config, dropout=0.5).init_weights(0)
+    x = random_tokens(config, 1, 12)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+    # each of the three places alone
+    for kept in ("embedding", "attention", "residual"):
+        model.train()
+        model.dropout.p = 0.5 * (kept == "embedding")
+        for block in model.model.layers:
+            block.self_attn.dropout = 0.5 * (kept == "attention")
+            block.dropout.p = 0.5 * (kept == "residual")
+        assert not torch.equal(model(x), model(x)), kept
+
+
+def test_save_and_load_round_trip(tmp_path):
+    model = random_model(small(rope_linear_factor=8.0))
+    model.save_pretrained(tmp_path)
+    again = Gemma.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert not (tmp_path / "pytorch_model.bin").exists()
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected"])
+def test_loading_is_strict(tmp_path, change):
+    from safetensors.torch import load_file, save_file
+
+    random_model(small()).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    if change == "missing":
+        del weights["model.layers.1.mlp.up_proj.weight"]
+    else:
+        weights["model.layers.1.mlp.upp_proj.weight"] = torch.zeros(3)
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.upp?_proj"):
+        Gemma.from_pretrained(tmp_path)
+
+
+def test_config_of_transformers_old_style_and_new():
+    new = Gemma3TextConfig(
+        vocab_size=97, hidden_size=48, head_dim=16, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=7,
+        intermediate_size=80, query_pre_attn_scalar=23, sliding_window=7, max_position_embeddings=256,
+        rope_parameters={FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+                         SLIDING: {"rope_type": "default", "rope_theta": 2e4}},
+    )  # fmt: skip
+    read = GemmaConfig.from_dict(json.loads(new.to_json_string(use_diff=False)))
+    old = {k: v for k, v in new.to_dict().items() if k not in ("rope_parameters", "layer_types")}
+    old |= {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    assert GemmaConfig.from_dict(old | {"sliding_window_pattern": 6}) == read
+    assert (read.rope_theta, read.rope_local_base_freq, read.rope_linear_factor) == (5e5, 2e4, 8.0)
+    assert read.layer_types == [SLIDING] * 5 + [FULL, SLIDING]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_attention_heads": 3}, "multiple"),
+        ({"head_dim": 15}, "odd"),
+        ({"sliding_window": 1000}, "max_position_embeddings"),
+        ({"layer_types": [FULL]}, "layer_types"),
+    ],
+)
+def test_impossible_configs_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        small(**changes)
