@@ -48,8 +48,8 @@ class TrainConfig:
     decay: str = "linear"  # cosine (after warmup) or linear (constant, then down over the last cooldown_frac)
     cooldown_frac: float = 0.4  # share of max_iters in which decay=linear comes down
     weight_decay: float = 0.0  # on block matrices only: decaying a norm's weight pulls its gain to 1, not to 0
-    beta1: float = 0.9  # AdamW
-    beta2: float = 0.95  # AdamW
+    beta1: float = 0.9  # AdamW: decay of the mean gradient
+    beta2: float = 0.95  # AdamW: decay of the mean squared gradient
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
     dropout: float = 0.0  # on attention weights, residual branches and the embedding
     # evaluation and logs

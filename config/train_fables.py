@@ -1,3 +1,19 @@
 # The quick start: fables on a laptop CPU.
 dataset = "fables"
 out_dir = "out/fables"
+hidden_size = 192
+intermediate_size = 512
+num_hidden_layers = 4
+sliding_window_pattern = 4
+num_attention_heads = 3
+num_key_value_heads = 3
+head_dim = 64
+sliding_window = 384
+max_position_embeddings = 1024
+batch_size = 6
+block_size = 384
+max_iters = 1800
+learning_rate = 6e-3
+warmup_iters = 50
+eval_interval = 450
+log_interval = 50

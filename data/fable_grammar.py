@@ -52,7 +52,7 @@ PRONOUNS = {
 
 def parse(text):
     """A template as a tuple of nodes: a string, a list (choice) of tuples, or a (modifier, name) pair in braces."""
-    text = re.sub(r"\|\s+", "|", " ".join(text.split()))  # a line may end behind a bar
+    text = re.sub(r"\s*\|\s*", "|", " ".join(text.split()))  # a line may end at a bar
     tokens = re.findall(r"[\[\]|]|\{[^}]*\}|[^\[\]|{}]+", text)
     stack = [[[]]]  # per open bracket, its alternatives so far
     for token in tokens:

@@ -1,0 +1,27 @@
+# Real TinyStories on a laptop: a small Gemma 3, on whatever TinyStories text is prepared.
+#
+#     python prepare.py --dataset=stories.txt --name=tinystories --tokenizer=bpe:4096
+#     python train.py config/train_tinystories_cpu.py
+dataset = "tinystories"  # or the newest prepared set whose name begins so
+out_dir = "out/tinystories-cpu"
+
+hidden_size = 256
+intermediate_size = 1024
+num_hidden_layers = 6
+num_attention_heads = 4
+num_key_value_heads = 1
+head_dim = 64
+sliding_window = 512
+max_position_embeddings = 1024
+
+# 8 rows x 512 tokens = 4,096 tokens an update; 600 updates = 2.5M tokens
+batch_size = 8
+block_size = 512
+max_iters = 600
+
+learning_rate = 4e-3
+warmup_iters = 50
+
+eval_interval = 150
+log_interval = 10
+sample_prompt = "Once upon a time"

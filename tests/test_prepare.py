@@ -1,0 +1,241 @@
+import json
+import re
+import types
+
+import numpy as np
+import pytest
+import tiktoken
+import tokenizers
+from conftest import fails, run_script
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+import prepare
+from prepare import END_OF_TEXT, Tokenizer, encode, is_held_out, spec_of_tiktoken, train_bpe
+
+STORY = "Once upon a time, there was a fox. It said: 'I'll go!'\n\nÜber naïve café, 1234567 Ωmega \t  spaces   — 你好 🦊"
+
+
+def trained(size=400):
+    return Tokenizer(train_bpe([STORY * 3, "the fox and the crow and the fox"], size))
+
+
+def hf_ids(tokenizer, text):
+    hf = tokenizers.Tokenizer.from_str(json.dumps(tokenizer.spec))
+    hf.encode_special_tokens = True
+    return hf.encode(text, add_special_tokens=False).ids
+
+
+def mini_tiktoken(pattern):
+    """An encoding in the style of tiktoken's own, on the vocabulary of `trained`."""
+    ranks = trained().bpe._mergeable_ranks
+    return tiktoken.Encoding("mini", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tokenizers
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text())
+def test_round_trip_of_any_text(text):
+    tokenizer = trained()
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eot not in ids
+    assert list(ids) == hf_ids(tokenizer, text)
+
+
+def test_special_tokens_in_text_are_text():
+    tokenizer = trained()
+    text = f"a {END_OF_TEXT} b"
+    assert tokenizer.eot not in tokenizer.encode(text) and tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_gpt2_equals_tiktoken(needs_gpt2, tinystories, tmp_path):
+    tokenizer, oracle = Tokenizer(spec_of_tiktoken(tiktoken.get_encoding("gpt2"))), tiktoken.get_encoding("gpt2")
+    text = tinystories.read_text()[:200_000].replace(END_OF_TEXT, "")
+    assert tokenizer.vocab_size == 50257 and tokenizer.eot == 50256
+    assert list(tokenizer.encode(text)) == oracle.encode_ordinary(text) == hf_ids(tokenizer, text)
+    tokenizer.save(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)(STORY).input_ids == oracle.encode_ordinary(STORY)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(st.characters(codec="utf-8") | st.sampled_from("aA1 \n\t'.s")))
+def test_patterns_of_tiktoken_survive_the_conversion(name, text):
+    """The way each encoding cuts words, in tiktoken, in our tokenizer.json run by tiktoken and by tokenizers."""
+    constructor = getattr(__import__("tiktoken_ext.openai_public", fromlist=[name]), name)
+    oracle = mini_tiktoken(pattern_of(constructor))
+    ours = Tokenizer(spec_of_tiktoken(oracle))
+    assert ours.bpe is not None
+    assert list(ours.encode(text)) == oracle.encode_ordinary(text) == hf_ids(ours, text)
+
+
+def pattern_of(constructor):
+    """A tiktoken encoding's regex, without the download of its vocabulary."""
+    fake = {"load_tiktoken_bpe": lambda *a, **k: {}, "data_gym_to_mergeable_bpe_ranks": lambda *a, **k: {}}
+    return types.FunctionType(constructor.__code__, {**constructor.__globals__, **fake})()["pat_str"]
+
+
+def test_trained_size_is_the_size_asked_for():
+    tokenizer = trained(300)
+    assert tokenizer.vocab_size == 300 and tokenizer.eot == 299
+
+
+def test_tokenizers_that_are_no_byte_level_bpe_run_through_tokenizers(tmp_path):
+    """Gemma's kind: BPE with byte fallback, and a space turned into an underline."""
+    from tokenizers import decoders, models, normalizers, trainers
+
+    hf = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    hf.normalizer = normalizers.Replace(" ", "▁")
+    hf.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{b:02X}>" for b in range(256))]
+    hf.train_from_iterator([STORY], trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False))
+    spec = json.loads(hf.to_str())
+    spec["added_tokens"] = spec["added_tokens"][:4]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.bpe is None and tokenizer.eot == 1
+    text = "a fox said 🦆 <eos>"
+    assert tokenizer.decode(tokenizer.encode(text)) == text and 1 not in tokenizer.encode(text)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# corpora and bins
+
+
+def prepared(project, *args):
+    run_script(project, "prepare.py", *args)
+    (path,) = (p.parent for p in (project / "data").glob("*/meta.json"))
+    return path, json.loads((path / "meta.json").read_text())
+
+
+def documents_of(path, meta, split):
+    """The texts of a bin, read back with no help from prepare's own bookkeeping."""
+    tokenizer = Tokenizer.load(path)
+    tokens = np.fromfile(path / f"{split}.bin", dtype=meta["dtype"])
+    assert tokens[-1] == tokenizer.eot
+    parts = np.split(tokens, np.flatnonzero(tokens == tokenizer.eot) + 1)[:-1]
+    assert len(tokens) == meta[split]["tokens"]
+    return [tokenizer.decode(part[:-1]) for part in parts]
+
+
+STORIES = [f"Story number {i}: the {w} ran. Ünïcode {'x' * (i % 40)}" for i in range(300) for w in ("fox", "crow")]
+
+
+def write_corpus(path, kind):
+    if kind == "txt":
+        path.write_text(f"\n{END_OF_TEXT}\n".join(STORIES) + f"\n{END_OF_TEXT}\n  \n", encoding="utf-8")
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps({"id": i, "text": s}) + "\n" for i, s in enumerate(STORIES)))
+    elif kind == "json":
+        path.write_text(json.dumps([{"text": s} for s in STORIES]))
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({"text": STORIES}), path)
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "json", "parquet"])
+def test_every_kind_of_file(project, kind):
+    write_corpus(project / f"c.{kind}", kind)
+    path, meta = prepared(project, f"--dataset=c.{kind}", "--tokenizer=bpe:300", "--val_fraction=0.2")
+    train, val = documents_of(path, meta, "train"), documents_of(path, meta, "val")
+    assert sorted(train + val) == sorted(STORIES)
+    assert val == [s for s in STORIES if is_held_out(s, 0.2)] and 80 < len(val) < 160
+    for split, texts in (("train", train), ("val", val)):
+        assert meta[split]["documents"] == len(texts)
+        assert meta[split]["bytes"] == sum(len(t.encode()) for t in texts)
+    lengths = [len(Tokenizer.load(path).encode(t)) + 1 for t in train]
+    assert abs(meta["train"]["median_document_tokens"] - np.median(lengths)) <= 1
+
+
+def test_a_folder_with_a_validation_file(project):
+    (project / "c").mkdir()
+    write_corpus(project / "c" / "tiny-train.jsonl", "jsonl")
+    (project / "c" / "tiny-valid.txt").write_text(f"one{END_OF_TEXT}two")
+    path, meta = prepared(project, "--dataset=c", "--tokenizer=bpe:300", "--name=mine")
+    assert path.name == "mine"
+    assert documents_of(path, meta, "val") == ["one", "two"]
+    assert documents_of(path, meta, "train") == STORIES
+
+
+def test_held_out_documents_depend_on_their_text_alone():
+    held_out = {s for s in STORIES if is_held_out(s, 0.1)}
+    assert held_out == {s for s in reversed(STORIES) if is_held_out(s, 0.1)}
+    assert 0.05 < len(held_out) / len(STORIES) < 0.15
+    assert not any(is_held_out(s, 0.0) for s in STORIES)
+
+
+def test_large_vocabularies_are_stored_as_uint32(project):
+    hf = {"<eos>": 70_000} | {prepare.BYTE_TO_CHAR[b]: b for b in range(256)}
+    spec = prepare.tokenizer_spec({k: v for k, v in hf.items() if v < 256}, [], prepare.pre_tokenizers.ByteLevel(), {})
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    spec["added_tokens"] = [{"id": 70_000, "content": "<eos>", **flags}]
+    (project / "big.json").write_text(json.dumps(spec))
+    write_corpus(project / "c.txt", "txt")
+    path, meta = prepared(project, "--dataset=c.txt", "--tokenizer=big.json")
+    assert meta["dtype"] == "uint32"
+    assert np.fromfile(path / "val.bin", dtype=np.uint32)[-1] == 70_000
+
+
+def test_order_does_not_depend_on_threads():
+    tokenizer = trained()
+    tokens, lengths, num_bytes = encode(tokenizer, STORIES)
+    expected = [i for s in STORIES for i in [*tokenizer.encode(s), tokenizer.eot]]
+    assert tokens.tolist() == expected and lengths.sum() == len(expected)
+    assert num_bytes == sum(len(s.encode()) for s in STORIES)
+
+
+def test_fables_have_a_floor(project):
+    path, meta = prepared(project, "--dataset=fables", "--max_documents=300", "--val_fraction=0.1")
+    from data import fable_grammar
+
+    val = documents_of(path, meta, "val")
+    bits = sum(fable_grammar.derivations(text)[0][0] for text in val)
+    assert meta["floor_bits_per_byte"] == pytest.approx(bits / sum(len(t.encode()) for t in val))
+    assert meta["train"]["documents"] + len(val) == 300
+
+
+def test_tinystories_table(project, tinystories):
+    result = run_script(project, "prepare.py", f"--dataset={tinystories}", "--tokenizer=bpe:1024")
+    assert "1,727" in result.stdout or re.search(r"train +1,7\d\d", result.stdout)
+
+
+@pytest.mark.parametrize(
+    "name, content, args, message",
+    [
+        ("c.txt", b"fine\xff\xfe", [], "not UTF-8 at byte 4"),
+        ("c.txt", b"a" * 40 + b"<|endoftext|>ok\xff", [], "not UTF-8 at byte 55"),
+        ("c.txt", b"", [], "no text in it"),
+        ("c.jsonl", b'{"story": "x"}\n', [], "no column 'text'; --text_column can be one of story"),
+        ("c.jsonl", b'{"text": 3}\n', [], "holds int, not text"),
+        ("c.json", b"[1, 2", [], "not readable as json"),
+        ("c.parquet", b"nonsense", [], "not readable as parquet"),
+        ("c.txt", b"one", ["--tokenizer=bpe:12"], "too small"),
+        ("c.txt", b"one", ["--tokenizer=bpe:x"], "whole number"),
+        ("c.txt", b"one", ["--tokenizer=gpt5"], "tiktoken knows only"),
+        ("c.txt", b"one", ["--tokenizer=c.txt"], "not a tokenizer.json"),
+        ("c.txt", b"one", ["--val_fraction=0"], "raise it"),
+        ("c.txt", b"one", ["--val_fraction=2"], "less than 1"),
+        ("c.txt", b"one", ["--dataset=nowhere.txt"], "no such file"),
+        ("c.txt", b"one", ["--dataset=nobody/nothing"], "not to be had from the Hugging Face Hub"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_leave_nothing(project, name, content, args, message):
+    (project / name).write_bytes(content)
+    assert message in fails(project, "prepare.py", f"--dataset={name}", "--tokenizer=bpe:300", *args)
+    assert not list((project / "data").glob("*/meta.json"))
+
+
+def test_an_interrupted_prepare_keeps_the_old_dataset(project):
+    write_corpus(project / "c.txt", "txt")
+    path, meta = prepared(project, "--dataset=c.txt", "--tokenizer=bpe:300")
+    (project / "c.txt").write_bytes(b"good text<|endoftext|>" * 9 + b"\xff")
+    fails(project, "prepare.py", "--dataset=c.txt", "--tokenizer=bpe:300")
+    assert json.loads((path / "meta.json").read_text()) == meta
+    assert sorted(documents_of(path, meta, "train") + documents_of(path, meta, "val")) == sorted(STORIES)

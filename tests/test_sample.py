@@ -1,0 +1,94 @@
+import pytest
+import torch
+from conftest import TINY, copy_project, fails, run_script
+
+from model import Gemma
+from prepare import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A project with a tiny trained model."""
+    path = copy_project(tmp_path_factory.mktemp("project"))
+    run_script(path, "prepare.py", "--dataset=fables", "--max_documents=300", "--val_fraction=0.05", "--tokenizer=bpe:400")
+    run_script(path, "train.py", "--dataset=fables", *TINY, "--max_iters=30", "--eval_interval=30", "--learning_rate=0.01")
+    return path
+
+
+def sampled(project, *args, stdin=None):
+    return run_script(project, "sample.py", "--device=cpu", "--dtype=float32", *args).stdout
+
+
+def story(printed):
+    """What stands between the checkpoint's name and the speed."""
+    return printed.split("]\n\n", 1)[1].rsplit("\n\n[", 1)[0]
+
+
+def test_the_same_seed_gives_the_same_text(project):
+    a, b, c = (story(sampled(project, "--start=Once", f"--seed={s}", "--max_new_tokens=40")) for s in (1, 1, 2))
+    assert a == b != c and a.startswith("Once")
+
+
+def test_what_streams_is_what_the_model_makes(project):
+    tokenizer = Tokenizer.load(project / "out/fables/best")
+    model = Gemma.from_pretrained(project / "out/fables/best").eval()
+    prompt = torch.tensor([[tokenizer.eot, *map(int, tokenizer.encode("The fox"))]])
+    ids = [t.item() for t in model.generate(prompt, 50, temperature=0, stop_ids=[tokenizer.eot])]
+    assert story(sampled(project, "--start=The fox", "--temperature=0", "--max_new_tokens=50")) == "The fox" + tokenizer.decode(ids)
+
+
+def test_several_samples_are_one_batch_and_differ(project):
+    texts = story(sampled(project, "--num_samples=3", "--max_new_tokens=30", "--start=A")).split("\n\n---\n\n")
+    assert len(texts) == len(set(texts)) == 3 and all(t.startswith("A") for t in texts)
+
+
+def test_start_from_a_file(project):
+    (project / "prompt.txt").write_text("Once upon a time", encoding="utf-8")
+    assert story(sampled(project, "--start=FILE:prompt.txt", "--max_new_tokens=5")).startswith("Once upon a time")
+
+
+def test_a_model_directory_and_zero_tokens(project):
+    assert story(sampled(project, "--model=out/fables/last", "--start=Hi", "--max_new_tokens=0")) == "Hi"
+
+
+def test_end_of_text_ends_a_sample(project):
+    """One token is forced to be the end: nothing may come after it, and its name may not show."""
+    model = Gemma.from_pretrained(project / "out/fables/best")
+    tokenizer = Tokenizer.load(project / "out/fables/best")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(-1)  # no signal: every logit is 0, greedy takes token 0
+    model.save_pretrained(project / "mute")
+    tokenizer.save(project / "mute")
+    printed = sampled(project, "--model=mute", "--max_new_tokens=200", "--seed=3")
+    assert int(printed.rsplit("[", 1)[1].split(" tokens")[0]) < 200 or "endoftext" not in printed
+    assert "endoftext" not in printed
+
+
+def test_interactive_keeps_asking(project):
+    import subprocess
+    import sys
+
+    command = [sys.executable, "sample.py", "--interactive=True", "--max_new_tokens=4", "--device=cpu"]
+    result = subprocess.run(command, cwd=project, input="The fox\nThe crow\n", capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "The fox" in result.stdout and "The crow" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--out_dir=nowhere"], "no checkpoint in nowhere/best"),
+        (["--model=data"], "not a Gemma 3 model directory"),
+        (["--start=FILE:none.txt"], "none.txt"),
+        (["--temperature=-1"], "at least 0"),
+        (["--top_p=0"], "above 0"),
+        (["--num_samples=0"], "at least 1"),
+        (["--start=" + "fox " * 700], "512 positions"),
+    ],
+)
+def test_mistakes_end_in_one_line(project, args, message):
+    assert message in fails(project, "sample.py", *args)
+
+
+def test_no_checkpoint_at_all(tmp_path):
+    assert "train one first" in fails(copy_project(tmp_path), "sample.py")
