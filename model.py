@@ -275,13 +275,11 @@ class Gemma(nn.Module):
 
         With targets (B, T): the cross-entropy in nats, "mean" or "sum" over the targets that are not -100.
         With a KVCache: tokens continue what it holds, and only the last position's logits come back, (B, 1, V)."""
-        T = tokens.shape[1]
-        start = cache.length if cache is not None else 0
-        if start + T > self.config.max_position_embeddings:
-            raise ValueError(
-                f"{start + T} tokens are more than the model's max_position_embeddings={self.config.max_position_embeddings}"
-            )
         config, embedding = self.config, self.model.embed_tokens.weight
+        T, limit = tokens.shape[1], config.max_position_embeddings
+        start = cache.length if cache is not None else 0
+        if start + T > limit:
+            raise ValueError(f"{start + T} tokens are more than the model's max_position_embeddings={limit}")
         positions = torch.arange(start, start + T, device=tokens.device)
         rope = {
             SLIDING: rope_table(positions, config.head_dim, config.rope_local_base_freq, 1.0),

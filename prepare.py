@@ -58,7 +58,9 @@ class Tokenizer:
         usual = [eot_token, END_OF_TEXT, "<eos>", "</s>", "<|end_of_text|>"]
         self.eot_token = next((name for name in usual if name in special), None)
         if self.eot_token is None:
-            raise UserError(f"the tokenizer has no end-of-text token: none of {', '.join(usual[1:])} is in added_tokens")
+            raise UserError(
+                f"the tokenizer has no end-of-text token: none of {', '.join(usual[1:])} is in added_tokens"
+            )
         self.eot = special[self.eot_token]
         self.vocab_size = 1 + max([*spec["model"]["vocab"].values(), *special.values()])
         self.bpe = byte_level_bpe(spec, special)
@@ -84,7 +86,7 @@ class Tokenizer:
     def save(self, path):
         """Write the files that transformers' AutoTokenizer opens: tokenizer.json and tokenizer_config.json."""
         (path / "tokenizer.json").write_text(json.dumps(self.spec, ensure_ascii=False), encoding="utf-8")
-        names = {key: self.eot_token for key in ("bos_token", "eos_token", "pad_token")}
+        names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), self.eot_token)
         about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
         (path / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
 
@@ -147,7 +149,9 @@ def tokenizer_spec(vocab, merges, pre_tokenizer, special):
     hf.pre_tokenizer, hf.decoder = pre_tokenizer, decoders.ByteLevel()
     spec = json.loads(hf.to_str())
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    spec["added_tokens"] = [{"id": i, "content": name, **flags} for name, i in sorted(special.items(), key=lambda x: x[1])]
+    spec["added_tokens"] = [
+        {"id": i, "content": name, **flags} for name, i in sorted(special.items(), key=lambda x: x[1])
+    ]
     return spec
 
 
@@ -430,9 +434,8 @@ def main(cfg):
     if not counts["train"]["tokens"]:
         raise UserError(f"--dataset={cfg.dataset}: no text in it")
     if not counts["val"]["tokens"]:
-        raise UserError(
-            f"--val_fraction={cfg.val_fraction} left no document of {counts['train']['documents']} for validation: raise it"
-        )
+        n = counts["train"]["documents"]
+        raise UserError(f"--val_fraction={cfg.val_fraction} left none of {n} documents for validation: raise it")
     meta = {
         "source": cfg.dataset,
         "tokenizer": cfg.tokenizer or ("bpe:2048" if is_fables else "gpt2"),
@@ -461,13 +464,13 @@ def fable_bits(texts):
 
 def report(out, meta):
     print(f"\n{out}: {meta['tokenizer']} with {meta['vocab_size']:,} tokens, stored as {meta['dtype']}")
-    print(f"{'':8}{'documents':>12}{'tokens':>16}{'bytes':>16}{'bytes/token':>13}{'median':>8}{'95%':>6}  tokens a document")
+    row = "{:6}{:>14}{:>16}{:>18}{:>14}{:>18}{:>6}"
+    print(row.format("", "documents", "tokens", "bytes", "bytes/token", "median document", "95%"))
     for name in ("train", "val"):
         c = meta[name]
-        print(
-            f"{name:8}{c['documents']:12,}{c['tokens']:16,}{c['bytes']:16,}{c['bytes'] / c['tokens']:13.3f}"
-            f"{c['median_document_tokens']:8,}{c['p95_document_tokens']:6,}"
-        )
+        counts = (f"{c[key]:,}" for key in ("documents", "tokens", "bytes"))
+        lengths = c["median_document_tokens"], c["p95_document_tokens"]
+        print(row.format(name, *counts, f"{c['bytes'] / c['tokens']:.3f}", *lengths))
     if meta["floor_bits_per_byte"] is not None:
         print(f"entropy floor of the validation split: {meta['floor_bits_per_byte']:.4f} bits per byte")
 

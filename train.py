@@ -14,7 +14,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -111,8 +110,8 @@ class Rows:
         return len(self.starts)
 
     def batch(self, rows, fresh_only=False):
-        """Row numbers -> inputs and targets (B, T), int64. Targets past the data are -100; with fresh_only those that the
-        next row repeats are too, so that over all rows each token is a target exactly once."""
+        """Row numbers -> inputs and targets (B, T), int64. Targets past the data are -100; with fresh_only those that
+        the next row repeats are too, so that over all rows each token is a target exactly once."""
         x = np.full((len(rows), self.block_size + 1), self.eot, dtype=np.int64)
         y = np.full((len(rows), self.block_size), -100, dtype=np.int64)
         for i, row in enumerate(rows):
@@ -125,8 +124,8 @@ class Rows:
         return torch.from_numpy(x[:, :-1].copy()), torch.from_numpy(y)
 
     def update(self, step, cfg):
-        """The micro-batches of an update, a function of (seed, step) alone: rows in an order drawn anew for every epoch,
-        each row once an epoch."""
+        """The micro-batches of an update, a function of (seed, step) alone: every epoch takes each row once, in an
+        order of its own."""
         size = cfg.batch_size * cfg.gradient_accumulation_steps
         numbers = np.arange(step * size, (step + 1) * size)
         rows = np.empty(size, dtype=np.int64)
@@ -188,7 +187,7 @@ def autocast(device, dtype):
 
 
 def peak_flops(device, dtype):
-    """FLOP/s to hold the model's against: the maker's figure for a known GPU, else a large matrix product, timed here."""
+    """FLOP/s to hold the model's against: the maker's figure for a known GPU, else a matrix product's, timed here."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         for name, flops in PEAK_FLOPS.items():
             if name in torch.cuda.get_device_name(device):
@@ -196,7 +195,7 @@ def peak_flops(device, dtype):
     n = 2048
     a = torch.randn(n, n, device=device, dtype=dtype)
     best = math.inf
-    for _ in range(5):
+    for _ in range(10):
         start = time.perf_counter()
         (a @ a)[0, 0].item()  # .item() waits for the device
         best = min(best, time.perf_counter() - start)
@@ -219,7 +218,7 @@ def make_optimizers(model, cfg):
     if cfg.optimizer == "adamw":
         groups.append({"params": matrices, "weight_decay": cfg.weight_decay})
     elif matrices:
-        # match_rms_adamw (Liu et al. 2025) scales Muon's updates to the size of AdamW's, so one learning rate serves both
+        # match_rms_adamw (Liu et al. 2025) scales Muon's updates to the size of AdamW's: one learning rate serves both
         muon = torch.optim.Muon(
             matrices, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"
         )
@@ -271,8 +270,14 @@ def val_batches(rows, cfg):
 
 
 def bits_per_byte(loss, counts):
-    """Loss in nats a token -> bits a byte of text, comparable across tokenizers. counts: of the split, from meta.json."""
+    """Loss in nats a token -> bits a byte of text, comparable across tokenizers. counts: of a split, from meta.json."""
     return loss / math.log(2) * counts["tokens"] / counts["bytes"]
+
+
+def describe_loss(loss, meta):
+    bpb, floor = bits_per_byte(loss, meta["val"]), meta["floor_bits_per_byte"]
+    against_floor = f" ({bpb / floor:.3f} x the entropy floor of {floor:.4f})" if floor else ""
+    return f"val loss {loss:.4f}, perplexity {math.exp(loss):.2f}, {bpb:.4f} bits per byte{against_floor}"
 
 
 class Log:
@@ -294,7 +299,9 @@ class Log:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                raise UserError("--tensorboard=True needs a package that is not here: pip install tensorboard") from None
+                raise UserError(
+                    "--tensorboard=True needs a package that is not here: pip install tensorboard"
+                ) from None
             self.board = SummaryWriter(out_dir / "tensorboard")
 
     def write(self, entry):
@@ -325,7 +332,7 @@ def write_atomically(path, text):
     os.replace(part, path)
 
 
-def draw_loss(out_dir, floor, counts):
+def draw_loss(out_dir, meta):
     """loss.png from log.jsonl: training and validation loss in nats a token, and the entropy floor where known."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -336,8 +343,8 @@ def draw_loss(out_dir, floor, counts):
     fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
     ax.plot([e["step"] for e in steps], [e["train_loss"] for e in steps], lw=0.8, alpha=0.6, label="training")
     ax.plot([e["step"] for e in evals], [e["val_loss"] for e in evals], "o-", ms=3, label="validation")
-    if floor is not None:
-        nats = floor * math.log(2) * counts["bytes"] / counts["tokens"]
+    if meta["floor_bits_per_byte"]:
+        nats = meta["floor_bits_per_byte"] * math.log(2) * meta["val"]["bytes"] / meta["val"]["tokens"]
         ax.axhline(nats, color="black", ls=":", lw=1, label="entropy floor")
     low = min(e["val_loss"] for e in evals)
     first = max((e["train_loss"] for e in steps), default=evals[0]["val_loss"])
@@ -394,38 +401,36 @@ def train(cfg, model, optimizers, out_dir, updates, validation, tokenizer, meta,
     forward = torch.compile(model) if cfg.compile else model
     trainable = [p for p in model.parameters() if p.requires_grad]
     peak = peak_flops(device, dtype)
-    floor = meta["floor_bits_per_byte"]
     step, started = state["step"], time.perf_counter() - state["seconds"]
+    resumed_at = step if cfg.init_from == "resume" else -1
     window_start, window_tokens, window_steps = time.perf_counter(), 0, 0
 
     def evaluate_and_save():
         nonlocal window_start
         paused = time.perf_counter()
         loss = evaluate(model, validation(), device, dtype)
-        bpb = bits_per_byte(loss, meta["val"])
         is_best = loss < state["best_val_loss"]
-        state["best_val_loss"] = min(loss, state["best_val_loss"])
-        state["step"], state["seconds"] = step, time.perf_counter() - started
-        against_floor = f" ({bpb / floor:.2f} x the floor of {floor:.4f})" if floor else ""
-        print(f"update {step}: val loss {loss:.4f}, perplexity {math.exp(loss):.2f}, {bpb:.4f} bits per byte{against_floor}")
-        keys = ("step", "tokens", "seconds")
-        log.write({"event": "eval", **{k: state[k] for k in keys}, "val_loss": loss, "val_bpb": bpb,
-                   "best_val_loss": state["best_val_loss"]})  # fmt: skip
-        draw_loss(out_dir, floor, meta["val"])
+        state.update(step=step, seconds=time.perf_counter() - started, best_val_loss=min(loss, state["best_val_loss"]))
+        print(f"update {step}: {describe_loss(loss, meta)}")
+        log.write({"event": "eval", **state, "val_loss": loss, "val_bpb": bits_per_byte(loss, meta["val"])})
+        draw_loss(out_dir, meta)
         story = sample_story(model, tokenizer, cfg, device)
         print(f"  {story}\n", flush=True)
         with open(out_dir / "samples.txt", "a", encoding="utf-8") as f:
             f.write(f"--- update {step}, val loss {loss:.4f}\n{story}\n\n")
-        optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
-        save_checkpoint(out_dir / "last", model, tokenizer, {**state, "optimizers": optimizer_states, "config": asdict(cfg)})
         if is_best:
             save_checkpoint(out_dir / "best", model, tokenizer)
+        optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
+        save_checkpoint(out_dir / "last", model, tokenizer, {**state, "optimizers": optimizer_states})
         window_start += time.perf_counter() - paused
 
     model.train()
-    while step < cfg.max_iters:
-        if step % cfg.eval_interval == 0 and step > state["step"] or step == 0:
-            evaluate_and_save()
+    while True:
+        if step % cfg.eval_interval == 0 or step >= cfg.max_iters:
+            if step > resumed_at:  # the checkpoint we come from has been evaluated
+                evaluate_and_save()
+            if step >= cfg.max_iters:
+                return
         lr = learning_rate(step, cfg)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -458,12 +463,11 @@ def train(cfg, model, optimizers, out_dir, updates, validation, tokenizer, meta,
                        "train_loss": train_loss, "lr": lr, "grad_norm": grad_norm.item(), "tokens_per_sec": rate,
                        "mfu": mfu})  # fmt: skip
             print(
-                f"update {step:5}/{cfg.max_iters}: loss {train_loss:.4f}, lr {lr:.2e}, grad norm {grad_norm.item():.2f}, "
+                f"update {step:5}/{cfg.max_iters}: loss {train_loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, "
                 f"{rate:,.0f} tokens/s, {mfu:.0%} MFU, {clock(left)} left",
                 flush=True,
             )
             window_start, window_tokens, window_steps = now, 0, 0
-    evaluate_and_save()  # the last update's weights are evaluated and saved like any other's
 
 
 def clock(seconds):
@@ -476,9 +480,9 @@ def start_model(cfg, arch, out_dir, meta, tokenizer, device):
     state = {"step": 0, "tokens": 0, "seconds": 0.0, "best_val_loss": math.inf}
     if cfg.init_from == "scratch":
         vocab_size = arch.vocab_size
-        if vocab_size == GemmaConfig.vocab_size:  # not set: the tokenizer's, rounded up, as GPUs multiply in tiles of 64
+        if vocab_size == GemmaConfig.vocab_size:  # not set: the tokenizer's, in whole tiles of a matrix product
             vocab_size = math.ceil(meta["vocab_size"] / 64) * 64
-        special = {key: tokenizer.eot for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
         config = replace(arch, vocab_size=vocab_size, **special)
         with torch.device(device):
             model = Gemma(config, cfg.dropout).init_weights(cfg.seed)
@@ -505,8 +509,8 @@ def print_plan(cfg, model, rows, state, device, dtype):
     epochs = cfg.max_iters * per_update / len(rows)
     print(f"model: {n.total / 1e6:.1f}M parameters, {n.embedding / 1e6:.1f}M in the tied embedding, "
           f"{n.non_embedding / 1e6:.1f}M in the rest")  # fmt: skip
-    print(f"updates: {cfg.max_iters - state['step']:,} of {per_update * cfg.block_size:,} tokens, {epochs:.2f} epochs of "
-          f"{len(rows):,} rows in all")  # fmt: skip
+    print(f"updates: {cfg.max_iters - state['step']:,} of {per_update * cfg.block_size:,} tokens, "
+          f"{epochs:.2f} epochs of {len(rows):,} rows in all")  # fmt: skip
     print(f"device: {device}, {str(dtype).removeprefix('torch.')}, {'compiled' if cfg.compile else 'not compiled'}")
     if cfg.warmup_iters >= cfg.max_iters:
         print(f"warning: warmup_iters={cfg.warmup_iters} never ends before max_iters={cfg.max_iters}")
@@ -527,10 +531,7 @@ def main(cfg, arch):
     val_rows = Rows(path, meta, "val", cfg.block_size, tokenizer.eot)
     if cfg.eval_only:
         loss = evaluate(model, val_batches(val_rows, cfg), device, dtype)
-        floor = meta["floor_bits_per_byte"]
-        print(f"val loss {loss:.4f}, perplexity {math.exp(loss):.2f}, {bits_per_byte(loss, meta['val']):.4f} bits per byte"
-              + (f" (floor {floor:.4f})" if floor else ""))  # fmt: skip
-        return
+        return print(describe_loss(loss, meta))
     if cfg.init_from != "resume" and out_dir.exists():
         aside = out_dir.with_name(f"{out_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         os.replace(out_dir, aside)
@@ -541,7 +542,6 @@ def main(cfg, arch):
     optimizers = make_optimizers(model, cfg)
     for optimizer, optimizer_state in zip(optimizers, state.pop("optimizers", []), strict=False):
         optimizer.load_state_dict(optimizer_state)
-    state.pop("config", None)
 
     def updates(step):
         return rows.update(step, cfg)

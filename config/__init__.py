@@ -4,8 +4,8 @@ Settings in three layers, later wins: dataclass defaults < config/*.py files < -
     python train.py config/train_fables.py --batch_size=32
     python train.py --help
 
-A config file is plain Python assignments, run in a namespace of its own (so run only files you trust). Imports and names
-that begin with an underscore are its own business; every other name must be a field of the script's dataclasses.
+A config file is plain Python assignments, run in a namespace of its own (so run only files you trust). Imports and
+names that begin with an underscore are its own business; every other name must be a field of the script's dataclasses.
 """
 
 import ast

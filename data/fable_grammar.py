@@ -1,18 +1,18 @@
 """
-The bundled corpus: a probabilistic grammar that tells short fables. The grammar itself is fable_grammar.txt beside this file.
+The bundled corpus: a probabilistic grammar that tells short fables. The grammar itself is fable_grammar.txt.
 
     python data/fable_grammar.py            # tells one
     python data/fable_grammar.py 5          # tells the sixth
 
-Every choice in the grammar is uniform, so a text's probability is known: derivations(text) reads a text back and returns
-every way the grammar could have told it, with its information in bits. The grammar is written so that there is one
-way only (the tests check it on thousands of fables); its bits are then exactly -log2 p(text), and their mean over a set
-of fables, per byte, is the entropy floor below which no model can go.
+Every choice in the grammar is uniform, so a text's probability is known: derivations(text) reads a text back and
+returns every way the grammar could have told it, with its information in bits. The grammar is written so that there is
+one way only (prepare.py insists on it for every fable it holds out); its bits are then exactly -log2 p(text), and their
+mean over a set of fables, per byte, is the entropy floor below which no model can go.
 
-How fable_grammar.txt is read: `= pool` lists words; `: rule` lists alternatives, each after `- `; `* plot` is a story: what
-its hero does (for instructions), its text, and after `>` its lesson. Inside a text, [a|b] is a choice, {rule} a rule,
-{slot} a word drawn once from its pool and the same ever after, {a slot} the word after its article, and a capital
-letter in front ({A slot}, {Slot}) makes one in the text.
+How fable_grammar.txt is read: `= pool` lists words; `: rule` lists alternatives, each after `- `; `* plot` is a story:
+what its hero does (for instructions), its text, and after `>` its lessons. Inside a text, [a|b] is a choice, {rule} a
+rule, {slot} a word drawn once from its pool and the same ever after, {a slot} the word after its article, and a
+capital letter ({A slot}, {Slot}) makes one in the text.
 """
 
 import math

@@ -62,9 +62,9 @@ def fails(project, *args):
 
 
 # a model and a batch small enough for any test
-TINY = (
-    "--hidden_size=32 --intermediate_size=64 --num_hidden_layers=3 --sliding_window_pattern=2 --num_attention_heads=2 "
-    "--num_key_value_heads=1 --head_dim=16 --sliding_window=24 --max_position_embeddings=512 --block_size=64 "
-    "--batch_size=4 --gradient_accumulation_steps=2 --warmup_iters=2 --eval_interval=5 --log_interval=1 "
-    "--sample_tokens=8 --compile=False --device=cpu"
-).split()
+TINY = """
+--hidden_size=32 --intermediate_size=64 --num_hidden_layers=3 --sliding_window_pattern=2 --num_attention_heads=2
+--num_key_value_heads=1 --head_dim=16 --sliding_window=24 --max_position_embeddings=512 --block_size=64 --batch_size=4
+--gradient_accumulation_steps=2 --warmup_iters=2 --eval_interval=5 --log_interval=1 --sample_tokens=8 --compile=False
+--device=cpu
+""".split()  # noqa: SIM905

@@ -79,7 +79,12 @@ def test_mistakes(arg, message):
 
 @pytest.mark.parametrize(
     "text, message",
-    [("counts = 3", "did you mean 'count'"), ("count = 'x'", "wants int"), ("count = (", "line 1"), ("\n\n1/0", "line 3: Zero")],
+    [
+        ("counts = 3", "did you mean 'count'"),
+        ("count = 'x'", "wants int"),
+        ("count = (", "line 1"),
+        ("\n\n1/0", "line 3: Zero"),
+    ],
 )
 def test_mistakes_in_files(tmp_path, text, message):
     file = tmp_path / "bad.py"

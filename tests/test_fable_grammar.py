@@ -25,7 +25,10 @@ def test_every_fable_has_one_derivation(fables):
 def test_probabilities_sum_to_one(monkeypatch):
     """A grammar small enough to list: choices, an optional word, slots of one pool, an article."""
     monkeypatch.setattr(grammar, "POOLS", {"name": ["Ann", "Bob", "Cy"], "he": ["Bob", "Cy"], "toy": ["owl", "top"]})
-    rules = {"fable": ["{hero} [sees|likes|finds] {friend}[ again|] with {a toy}, {end}"], "end": ["he {he}.", "{Toy}!"]}
+    rules = {
+        "fable": ["{hero} [sees|likes|finds] {friend}[ again|] with {a toy}, {end}"],
+        "end": ["he {he}.", "{Toy}!"],
+    }
     monkeypatch.setattr(grammar, "RULES", {name: [grammar.parse(t) for t in texts] for name, texts in rules.items()})
     told = collections.Counter(grammar.tell(i)[0] for i in range(20_000))
     assert len(told) == 3 * 3 * 2 * 2 * 2 * 2

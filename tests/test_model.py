@@ -156,7 +156,9 @@ def test_greedy_generation_equals_transformers(tmp_path, penalty):
     assert torch.equal(ours, theirs[:, 5:])
 
 
-@pytest.mark.parametrize("top_k, top_p, min_p", [(5, None, None), (None, 0.7, None), (None, None, 0.2), (30, 0.9, 0.05)])
+@pytest.mark.parametrize(
+    "top_k, top_p, min_p", [(5, None, None), (None, 0.7, None), (None, None, 0.2), (30, 0.9, 0.05)]
+)
 def test_filters_equal_transformers(top_k, top_p, min_p):
     logits = 3 * torch.randn(16, 97, generator=torch.Generator().manual_seed(0))
     theirs = logits

@@ -10,8 +10,12 @@ from prepare import Tokenizer
 def project(tmp_path_factory):
     """A project with a tiny trained model."""
     path = copy_project(tmp_path_factory.mktemp("project"))
-    run_script(path, "prepare.py", "--dataset=fables", "--max_documents=300", "--val_fraction=0.05", "--tokenizer=bpe:400")
-    run_script(path, "train.py", "--dataset=fables", *TINY, "--max_iters=30", "--eval_interval=30", "--learning_rate=0.01")
+    run_script(
+        path, "prepare.py", "--dataset=fables", "--max_documents=300", "--val_fraction=0.05", "--tokenizer=bpe:400"
+    )
+    run_script(
+        path, "train.py", "--dataset=fables", *TINY, "--max_iters=30", "--eval_interval=30", "--learning_rate=0.01"
+    )
     return path
 
 
@@ -34,7 +38,9 @@ def test_what_streams_is_what_the_model_makes(project):
     model = Gemma.from_pretrained(project / "out/fables/best").eval()
     prompt = torch.tensor([[tokenizer.eot, *map(int, tokenizer.encode("The fox"))]])
     ids = [t.item() for t in model.generate(prompt, 50, temperature=0, stop_ids=[tokenizer.eot])]
-    assert story(sampled(project, "--start=The fox", "--temperature=0", "--max_new_tokens=50")) == "The fox" + tokenizer.decode(ids)
+    assert story(
+        sampled(project, "--start=The fox", "--temperature=0", "--max_new_tokens=50")
+    ) == "The fox" + tokenizer.decode(ids)
 
 
 def test_several_samples_are_one_batch_and_differ(project):
@@ -69,7 +75,9 @@ def test_interactive_keeps_asking(project):
     import sys
 
     command = [sys.executable, "sample.py", "--interactive=True", "--max_new_tokens=4", "--device=cpu"]
-    result = subprocess.run(command, cwd=project, input="The fox\nThe crow\n", capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        command, cwd=project, input="The fox\nThe crow\n", capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 0, result.stderr
     assert "The fox" in result.stdout and "The crow" in result.stdout
 
