@@ -62,6 +62,7 @@ class Tokenizer:
                 f"the tokenizer has no end-of-text token: none of {', '.join(usual[1:])} is in added_tokens"
             )
         self.eot = special[self.eot_token]
+        self.special_ids = set(special.values())
         self.vocab_size = 1 + max([*spec["model"]["vocab"].values(), *special.values()])
         self.bpe = byte_level_bpe(spec, special)
         if self.bpe is None:
@@ -98,11 +99,9 @@ class Tokenizer:
 
     def decode(self, ids):
         """Token ids -> str, special tokens left out. An incomplete character at the end becomes U+FFFD."""
-        ids = [int(i) for i in ids]
-        if self.bpe:
-            special = self.bpe._special_tokens.values()
-            return self.bpe.decode([i for i in ids if i not in special and i < self.vocab_size])
-        return self.hf.decode(ids, skip_special_tokens=True)
+        # an embedding may have more rows than the tokenizer has entries: those decode to nothing
+        ids = [int(i) for i in ids if i not in self.special_ids and i < self.vocab_size]
+        return self.bpe.decode(ids) if self.bpe else self.hf.decode(ids)
 
 
 def byte_level_bpe(spec, special):
@@ -276,6 +275,7 @@ def column(rows, name, source):
 def read_files(files, cfg):
     import datasets
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, its exceptions say again
     for path in files:
         if path.suffix == ".txt":
             yield from read_txt(path, cfg.separator.encode())
@@ -370,11 +370,24 @@ def encode(tokenizer, texts):
     return tokens, lengths, sum(len(text.encode()) for text in texts)
 
 
+def map_in_order(function, jobs, num_threads):
+    """Results of function(*job) in the jobs' order. Few jobs are under way at once, so memory stays small however many
+    there are."""
+    pending = deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        for job in jobs:
+            pending.append(pool.submit(function, *job))
+            if len(pending) > 2 * num_threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
 def swap_in(new, old):
     """Put the finished directory `new` in the place of `old`. At every moment one of them is there and whole."""
     aside = old.with_name(old.name + ".replaced")
-    shutil.rmtree(aside, ignore_errors=True)
-    if old.exists():
+    if old.exists():  # else a crash left it aside, where it stays until the new one is in place
+        shutil.rmtree(aside, ignore_errors=True)
         os.replace(old, aside)
     os.replace(new, old)
     shutil.rmtree(aside, ignore_errors=True)
@@ -397,10 +410,11 @@ def main(cfg):
         return "val" if "val" not in corpus and is_held_out(text, cfg.val_fraction) else split
 
     def training_texts():
-        progress = tqdm(documents("train"), "training the tokenizer", unit=" documents", mininterval=1)
+        progress = tqdm(documents("train"), "training the tokenizer", unit=" documents", mininterval=1, disable=None)
         return (text for text in progress if split_of(text, "train") == "train")
 
-    tokenizer = make_tokenizer(cfg.tokenizer or ("bpe:2048" if is_fables else "gpt2"), training_texts)
+    tokenizer_name = cfg.tokenizer or ("bpe:2048" if is_fables else "gpt2")
+    tokenizer = make_tokenizer(tokenizer_name, training_texts)
     part = out.with_name(out.name + ".part")  # nothing reads this name, so half a dataset is never taken for one
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -414,21 +428,13 @@ def main(cfg):
         encoded = {name: encode(tokenizer, share) for name, share in shares.items() if share}
         return encoded, fable_bits(shares["val"]) if is_fables else 0.0
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        bar = tqdm(desc="tokenizing", unit="B", unit_scale=True, mininterval=1)
-        pending = deque()
-        jobs = (pool.submit(encode_batch, name, texts) for name in corpus for texts in batches(documents(name)))
-        for job in itertools.chain(jobs, [None] * 2 * os.cpu_count()):
-            pending.append(job)
-            if len(pending) <= 2 * os.cpu_count():  # in order, and few at a time, however large the corpus
-                continue
-            if (oldest := pending.popleft()) is not None:
-                encoded, bits = oldest.result()
-                floor_bits += bits
-                for name, (tokens, lengths, num_bytes) in encoded.items():
-                    splits[name].add(tokens, lengths, num_bytes)
-                    bar.update(num_bytes)
-        bar.close()
+    jobs = ((name, texts) for name in corpus for texts in batches(documents(name)))
+    with tqdm(desc="tokenizing", unit="B", unit_scale=True, mininterval=1, disable=None) as bar:
+        for encoded, bits in map_in_order(encode_batch, jobs, os.cpu_count()):
+            floor_bits += bits
+            for name, (tokens, lengths, num_bytes) in encoded.items():
+                splits[name].add(tokens, lengths, num_bytes)
+                bar.update(num_bytes)
 
     counts = {name: split.close() for name, split in splits.items()}
     if not counts["train"]["tokens"]:
@@ -438,7 +444,7 @@ def main(cfg):
         raise UserError(f"--val_fraction={cfg.val_fraction} left none of {n} documents for validation: raise it")
     meta = {
         "source": cfg.dataset,
-        "tokenizer": cfg.tokenizer or ("bpe:2048" if is_fables else "gpt2"),
+        "tokenizer": tokenizer_name,
         "vocab_size": tokenizer.vocab_size,
         "dtype": dtype.name,
         "train": counts["train"],

@@ -63,6 +63,9 @@ def find_checkpoint(cfg):
 def continue_text(model, tokenizer, text, cfg, device):
     """Yield (sample, its text so far) after every token, `text` included; all samples come as one batch."""
     ids = [tokenizer.eot, *map(int, tokenizer.encode(text))]  # documents begin after an end-of-text token
+    limit = model.config.max_position_embeddings
+    if len(ids) >= limit:
+        raise UserError(f"the prompt's {len(ids)} tokens leave no room in the model's {limit} positions: shorten it")
     prompt = torch.tensor([ids] * cfg.num_samples, device=device)
     made = [[] for _ in range(cfg.num_samples)]
     steps = model.generate(
@@ -113,7 +116,10 @@ def main(cfg):
             text = input("> ")
         except EOFError:
             return print()
-        write(model, tokenizer, text, cfg, device)
+        try:
+            write(model, tokenizer, text, cfg, device)
+        except UserError as e:
+            print(e)  # and go on asking
 
 
 if __name__ == "__main__":

@@ -101,8 +101,9 @@ class Rows:
         while at < last:
             starts.append(at)
             reach = at + block_size
-            end = ends[np.searchsorted(ends, reach, "right") - 1] if reach < last else last
-            at = int(end) if end > at else reach
+            ended = np.searchsorted(ends, reach, "right")  # documents that have ended by then
+            end = int(ends[ended - 1]) if ended else -1
+            at = end if end > at else reach
         self.starts = np.array(starts)
         self.fresh = np.diff(self.starts, append=last)  # tokens of each row that the next row does not repeat
 

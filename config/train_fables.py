@@ -1,6 +1,12 @@
-# The quick start: fables on a laptop CPU.
+# The quick start: the bundled fables, on two CPU cores, in about six minutes.
+#
+#     python prepare.py --dataset=fables
+#     python train.py config/train_fables.py
 dataset = "fables"
 out_dir = "out/fables"
+
+# Gemma 3 made small: three sliding layers and a full one, with a head of width 64 for every 64 of width. All heads have
+# keys and values of their own: at this size, sharing them costs more in learning than it saves in time.
 hidden_size = 192
 intermediate_size = 512
 num_hidden_layers = 4
@@ -8,12 +14,18 @@ sliding_window_pattern = 4
 num_attention_heads = 3
 num_key_value_heads = 3
 head_dim = 64
-sliding_window = 384
+sliding_window = 384  # no row is longer, so attention takes the plain causal path
 max_position_embeddings = 1024
-batch_size = 4
+
+# 6 rows x 384 tokens = 2,304 tokens an update: a row holds two fables, and many small updates teach a model to look
+# back for a name sooner than few large ones. 2,200 updates = 5.1M tokens = 0.65 epochs of the 40,000 fables.
+batch_size = 6
 block_size = 384
-max_iters = 2700
+max_iters = 2200
+
 learning_rate = 5e-3
 warmup_iters = 100
-eval_interval = 900
+cooldown_frac = 0.5
+
+eval_interval = 550
 log_interval = 50

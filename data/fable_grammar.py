@@ -52,7 +52,8 @@ PRONOUNS = {
 
 def parse(text):
     """A template as a tuple of nodes: a string, a list (choice) of tuples, or a (modifier, name) pair in braces."""
-    text = re.sub(r"\s*\|\s*", "|", " ".join(text.split()))  # a line may end at a bar
+    text = re.sub(r"\s*\n\s*\|\s*|\s*\|\s*\n\s*", "|", text.strip())  # a line may begin or end with a bar
+    text = re.sub(r"\s*\n\s*", " ", text)
     tokens = re.findall(r"[\[\]|]|\{[^}]*\}|[^\[\]|{}]+", text)
     stack = [[[]]]  # per open bracket, its alternatives so far
     for token in tokens:
@@ -85,7 +86,7 @@ def read_grammar(path):
             does, story, lessons = re.fullmatch(r"(.*?)\n(.*)\n> (.*)", body.strip(), re.S).groups()
             plots[name] = parse(does)
             rules[name] = [parse(story)]
-            pools[name] = lessons.split(" | ")
+            pools[name] = " ".join(lessons.split()).split(" | ")
     return pools, rules, plots
 
 

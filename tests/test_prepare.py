@@ -125,7 +125,7 @@ def documents_of(path, meta, split):
     return [tokenizer.decode(part[:-1]) for part in parts]
 
 
-STORIES = [f"Story number {i}: the {w} ran. Ünïcode {'x' * (i % 40)}" for i in range(300) for w in ("fox", "crow")]
+STORIES = [f"Story number {i}: the {w} ran. Ünïcode {'x' * (i % 40)}." for i in range(300) for w in ("fox", "crow")]
 
 
 def write_corpus(path, kind):

@@ -96,7 +96,6 @@ def test_batches_are_a_permutation_every_epoch_and_a_function_of_seed_and_step(t
 
 
 def test_evaluation_is_the_mean_over_all_tokens(project):
-    path, meta, tokenizer = train.DATA, None, None
     path = project / "data" / "fables"
     meta = json.loads((path / "meta.json").read_text())
     tokenizer = train.Tokenizer.load(path)
