@@ -46,9 +46,9 @@ def project(tmp_path):
     return copy_project(tmp_path)
 
 
-def run_script(project, *args, ok=True):
+def run_script(project, *args, ok=True, timeout=240):
     """Run `python args...` in the project's folder as a user would -> the finished process."""
-    result = subprocess.run([sys.executable, *map(str, args)], cwd=project, capture_output=True, text=True, timeout=240)
+    result = subprocess.run([sys.executable, *map(str, args)], cwd=project, capture_output=True, text=True, timeout=timeout)
     assert not ok or result.returncode == 0, result.stdout + result.stderr
     return result
 
