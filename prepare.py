@@ -67,7 +67,6 @@ class Tokenizer:
         self.bpe = byte_level_bpe(spec, special)
         if self.bpe is None:
             self.hf = tokenizers.Tokenizer.from_str(json.dumps(spec))
-            self.hf.encode_special_tokens = True
 
     @classmethod
     def load(cls, path):
@@ -91,10 +90,13 @@ class Tokenizer:
         about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
         (path / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
 
-    def encode(self, text):
-        """str -> uint32 array of token ids."""
+    def encode(self, text, markers=False):
+        """str -> uint32 array of token ids. With markers, the names of special tokens in it become those tokens: for
+        templates of our own, never for text from outside."""
         if self.bpe:
-            return self.bpe.encode_to_numpy(text, disallowed_special=())
+            allowed = "all" if markers else set()
+            return self.bpe.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
+        self.hf.encode_special_tokens = not markers
         return np.array(self.hf.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
     def decode(self, ids):
@@ -245,16 +247,20 @@ def open_corpus(cfg):
     return open_hub("roneneldan/TinyStories" if cfg.dataset == "tinystories" else cfg.dataset, cfg)
 
 
-def open_hub(name, cfg):
-    import datasets  # slow to import, and only needed here and for .json and .parquet
+def load_from_hub(name, flag):
+    import datasets  # slow to import, and only needed for the Hub, .json and .parquet
 
     try:
-        splits = datasets.load_dataset(name)
+        return datasets.load_dataset(name)
     except Exception as e:  # the Hub fails in many ways; each has one line to say
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise UserError(
-            f"--dataset={name}: not a file or folder here, and not to be had from the Hugging Face Hub: {reason}"
+            f"--{flag}={name}: not a file or folder here, and not to be had from the Hugging Face Hub: {reason}"
         ) from None
+
+
+def open_hub(name, cfg):
+    splits = load_from_hub(name, "dataset")
     train = splits.get("train") or next(iter(splits.values()))
     held_out = splits.get("validation")
     corpus = {"train": lambda: column(train, cfg.text_column, name)}
@@ -310,6 +316,103 @@ def is_held_out(text, fraction):
     can move it across."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# instruction records
+
+# what stands around a turn: before and after the instruction, with and without an input; and what ends a response
+TEMPLATES = {
+    "alpaca": {
+        "with_input": "Below is an instruction that describes a task, paired with an input that provides further "
+        "context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+        "without": "Below is an instruction that describes a task. Write a response that appropriately completes the "
+        "request.\n\n### Instruction:\n{instruction}\n\n### Response:\n",
+        "end": "\n\n",
+    },
+    "short": {
+        "with_input": "Input: {input}\nInstruction: {instruction}\nResponse: ",
+        "without": "Instruction: {instruction}\nResponse: ",
+        "end": "\n",
+    },
+    "gemma": {
+        "with_input": "<start_of_turn>user\n{instruction}\n\n{input}<end_of_turn>\n<start_of_turn>model\n",
+        "without": "<start_of_turn>user\n{instruction}<end_of_turn>\n<start_of_turn>model\n",
+        "end": "<end_of_turn>\n",
+    },
+}
+
+
+def encode_prompt(tokenizer, turns, template):
+    """Token ids of a conversation up to the response to come. turns: [(instruction, input, response), ...], the last
+    response not read. Training and sampling both go through here, so their prompts can't differ."""
+    ids, form = [tokenizer.eot], TEMPLATES[template]
+    for i, (instruction, context, response) in enumerate(turns):
+        fill = {"{instruction}": instruction, "{input}": context}
+        for piece in re.split(r"({instruction}|{input})", form["with_input" if context else "without"]):
+            ids += map(int, tokenizer.encode(fill.get(piece, piece), markers=piece not in fill))
+        if i < len(turns) - 1:
+            ids += [*map(int, tokenizer.encode(response)), *map(int, tokenizer.encode(form["end"], markers=True))]
+    return ids
+
+
+def end_of_response(tokenizer, template):
+    """The token that ends a response: Gemma's end of turn where the template and the tokenizer have it, else
+    end-of-text."""
+    marker = tokenizer.encode(TEMPLATES[template]["end"].strip(), markers=True)
+    return int(marker[0]) if len(marker) == 1 and int(marker[0]) in tokenizer.special_ids else tokenizer.eot
+
+
+def read_turns(record, source):
+    """The conversations in a record of any usual shape: a list of [(instruction, input, response), ...], one for each
+    response to learn."""
+    messages = record.get("messages") or record.get("conversations")
+    if messages:
+        turns, system, user = [], "", ""
+        conversations = []
+        for message in messages:
+            role = message.get("role", message.get("from"))
+            text = message.get("content", message.get("value"))
+            if role == "system":
+                system = text + "\n\n"
+            elif role in ("user", "human"):
+                user, system = system + text, ""
+            else:
+                turns = [*turns, (user, "", text)]
+                conversations.append(turns)
+        return conversations
+    for asks, context, answers in (
+        ("instruction", "input", "output"),
+        ("instruction", "context", "response"),
+        ("prompt", "input", "completion"),
+    ):
+        if asks in record and answers in record:
+            return [[(record[asks], record.get(context) or "", record[answers])]]
+    raise UserError(
+        f"{source}: a record has {', '.join(record)}; known are instruction/input/output, "
+        "instruction/context/response, prompt/completion and messages"
+    )
+
+
+HUB_RECORDS = {"alpaca": "tatsu-lab/alpaca", "dolly": "databricks/databricks-dolly-15k"}
+
+
+def read_records(source):
+    """The instruction records of alpaca, dolly, a Hub id, or a .json, .jsonl or .parquet file: an iterable of dicts."""
+    import datasets
+
+    path = Path(source)
+    if not path.exists():
+        if path.suffix in (".json", ".jsonl", ".parquet"):
+            raise UserError(f"--data={source}: no such file")
+        splits = load_from_hub(HUB_RECORDS.get(source, source), "data")
+        return splits.get("train") or next(iter(splits.values()))
+    try:
+        kind = "parquet" if path.suffix == ".parquet" else "json"
+        return datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as e:
+        raise UserError(f"{path}: not readable as {kind}: {str(e).splitlines()[0]}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -5,8 +5,11 @@ Read what a model writes.
     python sample.py --out_dir=out/fables --num_samples=4
     python sample.py --model=path/to/any/gemma3 --start=FILE:prompt.txt
     python sample.py --interactive=True                   # keeps asking for a beginning
+    python sample.py --adapter=out/lora-fables/best --instruct="What is the lesson of this fable?" --input="Once ..."
+    python sample.py --adapter=out/lora-fables/best --interactive=True   # a conversation
 """
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +17,8 @@ from pathlib import Path
 import torch
 
 from config import UserError, run
-from prepare import Tokenizer
+from lora import load_adapter
+from prepare import Tokenizer, encode_prompt, end_of_response
 from train import open_model, pick_device, pick_dtype, whole_checkpoint
 
 
@@ -23,6 +27,10 @@ class SampleConfig:
     start: str = ""  # the beginning of the text; FILE:path reads it from a file; empty: a new document
     out_dir: str = ""  # sample from the best checkpoint of this run; empty: of the newest run under out/
     model: str = ""  # or from this model directory
+    adapter: str = ""  # a LoRA adapter to put on it; the model is then the one it was trained on, if not named
+    instruct: str = ""  # an instruction to answer, rendered as in training
+    input: str = ""  # the text the instruction is about
+    compare: bool = False  # answer the instruction without the adapter first
     num_samples: int = 1  # texts from the same beginning, made as one batch
     max_new_tokens: int = 300  # stop here, if not at end-of-text before
     temperature: float = 0.8  # 0: always the likeliest token; 1: as the model has it
@@ -31,7 +39,7 @@ class SampleConfig:
     min_p: float = 0.0  # drop tokens less than min_p times as likely as the likeliest
     repetition_penalty: float = 1.0  # above 1: tokens seen before become less likely
     seed: int = 1337  # the same seed gives the same text
-    interactive: bool = False  # read beginnings from the terminal, one a line
+    interactive: bool = False  # read lines from the terminal: beginnings to continue, or with an adapter a conversation
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "auto"  # bfloat16, float32; auto: bfloat16 where it is fast
 
@@ -41,6 +49,8 @@ class SampleConfig:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least {low}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
+        if self.compare and not (self.adapter and self.instruct):
+            raise ValueError("compare needs an adapter and an instruct to answer")
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0")
 
@@ -49,6 +59,11 @@ def find_checkpoint(cfg):
     """The model directory that the settings name."""
     if cfg.model:
         return Path(cfg.model)
+    if cfg.adapter:
+        try:
+            return Path(json.loads((Path(cfg.adapter) / "adapter_config.json").read_text())["base_model_name_or_path"])
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise UserError(f"--adapter={cfg.adapter}: no adapter here: {e}") from None
     if cfg.out_dir:
         path = whole_checkpoint(Path(cfg.out_dir) / "best")
         if not path.is_dir():
@@ -60,66 +75,107 @@ def find_checkpoint(cfg):
     return max(found, key=lambda p: p.stat().st_mtime).parent
 
 
-def continue_text(model, tokenizer, text, cfg, device):
-    """Yield (sample, its text so far) after every token, `text` included; all samples come as one batch."""
-    ids = [tokenizer.eot, *map(int, tokenizer.encode(text))]  # documents begin after an end-of-text token
+def write(model, tokenizer, text, ids, stops, cfg):
+    """Print what follows the prompt `ids`, of which `text` shows; one sample streams, several come when all are done.
+    Returns the first."""
     limit = model.config.max_position_embeddings
     if len(ids) >= limit:
         raise UserError(f"the prompt's {len(ids)} tokens leave no room in the model's {limit} positions: shorten it")
-    prompt = torch.tensor([ids] * cfg.num_samples, device=device)
-    made = [[] for _ in range(cfg.num_samples)]
+    prompt = torch.tensor([ids] * cfg.num_samples, device=model.device)
+    started, made, shown = time.perf_counter(), [[] for _ in range(cfg.num_samples)], 0
+    print(text if cfg.num_samples == 1 else "", end="", flush=True)
     steps = model.generate(
-        prompt, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty,
-        stop_ids=[tokenizer.eot], seed=cfg.seed,
+        prompt, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty, stops,
+        cfg.seed,
     )  # fmt: skip
     for tokens in steps:
-        for i, token in enumerate(tokens.tolist()):
-            made[i].append(token)
-            yield i, text + tokenizer.decode(made[i])
-
-
-def write(model, tokenizer, text, cfg, device):
-    """Print the samples: one streams, several come when all are done."""
-    started, texts, shown = time.perf_counter(), [text] * cfg.num_samples, 0
-    if cfg.num_samples == 1:
-        print(text, end="", flush=True)
-        shown = len(text)
-    count = 0
-    for i, so_far in continue_text(model, tokenizer, text, cfg, device):
-        texts[i] = so_far
-        count += 1
-        if cfg.num_samples == 1 and not so_far.endswith("\ufffd"):  # not in the middle of a character
-            print(so_far[shown:], end="", flush=True)
-            shown = len(so_far)
+        for sample, token in zip(made, tokens.tolist(), strict=True):
+            if not (sample and sample[-1] in stops):  # else it has ended before the others
+                sample.append(token)
+        if cfg.num_samples == 1:
+            so_far = tokenizer.decode(made[0])
+            if not so_far.endswith("\ufffd"):  # not in the middle of a character
+                print(so_far[shown:], end="", flush=True)
+                shown = len(so_far)
+    seconds, count = time.perf_counter() - started, sum(map(len, made))
+    texts = [text + tokenizer.decode(sample) for sample in made]
     if cfg.num_samples > 1:
         print("\n\n---\n\n".join(texts), end="")
-    seconds = time.perf_counter() - started
-    print(f"\n\n[{count} tokens, {count / seconds:.0f} per second]")
+    print(f"\n\n[{count} tokens, {count / seconds:.0f} per second]\n")
+    return texts[0]
+
+
+def open_adapter(model, path):
+    try:
+        return load_adapter(model, path)
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"--adapter={path}: {e}") from None
+
+
+def read_template(path):
+    """How the model of this directory was instructed: the name of its template."""
+    file = path / "instruct.json"
+    return json.loads(file.read_text())["template"] if file.exists() else "alpaca"
 
 
 def main(cfg):
     device = pick_device(cfg.device)
+    adapter = Path(cfg.adapter) if cfg.adapter else None
     path = find_checkpoint(cfg)
     model = open_model(path, device).to(pick_dtype(cfg.dtype, device)).eval()
     tokenizer = Tokenizer.load(path)
-    text = cfg.start
-    if text.startswith("FILE:"):
-        try:
-            text = Path(text[5:]).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"--start={text}: {e}") from None
-    print(f"[{path}]\n")
-    if not cfg.interactive:
-        return write(model, tokenizer, text, cfg, device)
+    template = read_template(adapter or path)
+    stops = [tokenizer.eot]
+    print(f"[{path}{f' with {adapter}' if adapter else ''}]\n")
+
+    def continue_text(text):
+        ids = [tokenizer.eot, *map(int, tokenizer.encode(text))]  # documents begin after an end-of-text token
+        return write(model, tokenizer, text, ids, stops, cfg)
+
+    def answer(turns):
+        ids = encode_prompt(tokenizer, turns, template)
+        return write(model, tokenizer, "", ids, [end_of_response(tokenizer, template), *stops], cfg)
+
+    if cfg.compare:
+        print("base:\n")
+        answer([(cfg.instruct, cfg.input, "")])
+        print("tuned:\n")
+    if adapter:
+        open_adapter(model, adapter).to(pick_dtype(cfg.dtype, device)).eval()
+    if cfg.interactive:
+        return converse(continue_text, answer, chat=bool(adapter))
+    if cfg.instruct:
+        answer([(cfg.instruct, cfg.input, "")])
+    else:
+        continue_text(read_start(cfg.start))
+
+
+def read_start(text):
+    if not text.startswith("FILE:"):
+        return text
+    try:
+        return Path(text[5:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--start={text}: {e}") from None
+
+
+def converse(continue_text, answer, chat):
+    """Read lines until the end of input: beginnings to continue, or the user's turns of one conversation."""
+    turns = []
     while True:
         try:
-            text = input("> ")
+            line = input("> ")
         except EOFError:
             return print()
         try:
-            write(model, tokenizer, text, cfg, device)
-        except UserError as e:
-            print(e)  # and go on asking
+            if chat:
+                turns = [*turns, (line, "", "")]
+                turns[-1] = (line, "", answer(turns).strip())
+            else:
+                continue_text(line)
+        except UserError as e:  # too long: forget what was said and go on
+            print(e)
+            turns = []
 
 
 if __name__ == "__main__":

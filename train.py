@@ -28,17 +28,33 @@ from prepare import DATA, Tokenizer, swap_in
 
 
 @dataclass
-class TrainConfig:
-    # data and results
+class PretrainConfig:
+    """What pretraining alone needs."""
+
     dataset: str = "tinystories"  # data/<dataset>, or else the newest prepared set whose name begins so
-    out_dir: str = ""  # where checkpoints and logs go; by default out/<dataset>
-    init_from: str = "scratch"  # scratch, resume (out_dir/last), or a model directory
     eval_only: bool = False  # evaluate init_from on the dataset, and stop
-    # batch; an iteration is one optimizer update
     batch_size: int = 32  # rows per micro-batch
     block_size: int = 512  # tokens per row
+    dropout: float = 0.0  # on attention weights, residual branches and the embedding
+    eval_tokens: int = 0  # evaluate on the first so many tokens of the validation split; 0: all of it
+    sample_prompt: str = ""  # what the sample at each evaluation continues; empty: a whole new document
+
+    def __post_init__(self):
+        for key in ("batch_size", "block_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and less than 1")
+
+
+@dataclass
+class TrainConfig:
+    """What every run of the loop needs."""
+
+    out_dir: str = ""  # where checkpoints and logs go; by default out/<dataset>
+    init_from: str = "scratch"  # scratch, resume (out_dir/last), or a model directory
+    max_iters: int = 5000  # updates; an iteration is one optimizer update
     gradient_accumulation_steps: int = 1  # micro-batches per update
-    max_iters: int = 5000  # updates
     # optimizer
     optimizer: str = "muon"  # muon (matrices by Muon, embedding and norms by AdamW) or adamw (all by AdamW)
     learning_rate: float = 3e-3  # the peak, of both; Muon's updates are scaled to AdamW's size
@@ -50,13 +66,10 @@ class TrainConfig:
     beta1: float = 0.9  # AdamW: decay of the mean gradient
     beta2: float = 0.95  # AdamW: decay of the mean squared gradient
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
-    dropout: float = 0.0  # on attention weights, residual branches and the embedding
     # evaluation and logs
     eval_interval: int = 500  # updates between evaluations, each with a checkpoint and a sample
-    eval_tokens: int = 0  # evaluate on the first so many tokens of the validation split; 0: all of it
     log_interval: int = 10  # updates between lines
-    sample_prompt: str = ""  # what the sample at each evaluation continues; empty: a whole new document
-    sample_tokens: int = 256  # and for how long at most
+    sample_tokens: int = 256  # longest sample
     wandb: bool = False  # mirror the log to Weights & Biases
     tensorboard: bool = False  # mirror the log to TensorBoard
     # system
@@ -66,7 +79,7 @@ class TrainConfig:
     seed: int = 1337  # of the initial weights, the order of the data, dropout and samples
 
     def __post_init__(self):
-        for key in ("batch_size", "block_size", "gradient_accumulation_steps", "eval_interval", "log_interval"):
+        for key in ("gradient_accumulation_steps", "eval_interval", "log_interval"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
         for key, choices in (("optimizer", ("muon", "adamw")), ("decay", ("cosine", "linear"))):
@@ -76,8 +89,6 @@ class TrainConfig:
             raise ValueError(f"learning_rate={self.learning_rate} must be above 0")
         if not 0 <= self.min_lr <= self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr} must lie between 0 and learning_rate={self.learning_rate}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be at least 0 and less than 1")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -124,17 +135,17 @@ class Rows:
             y[i, :n] = x[i, 1 : n + 1]
         return torch.from_numpy(x[:, :-1].copy()), torch.from_numpy(y)
 
-    def update(self, step, cfg):
-        """The micro-batches of an update, a function of (seed, step) alone: every epoch takes each row once, in an
-        order of its own."""
-        size = cfg.batch_size * cfg.gradient_accumulation_steps
-        numbers = np.arange(step * size, (step + 1) * size)
-        rows = np.empty(size, dtype=np.int64)
-        for epoch in np.unique(numbers // len(self)):
-            order = np.random.default_rng((cfg.seed, epoch)).permutation(len(self))
-            here = numbers // len(self) == epoch
-            rows[here] = order[numbers[here] % len(self)]
-        return [self.batch(part) for part in rows.reshape(-1, cfg.batch_size)]
+
+def deal(count, size, seed, step):
+    """The `size` of `count` things that update `step` takes, a function of (seed, step) alone: every epoch takes each
+    once, in an order of its own."""
+    numbers = np.arange(step * size, (step + 1) * size)
+    taken = np.empty(size, dtype=np.int64)
+    for epoch in np.unique(numbers // count):
+        order = np.random.default_rng((seed, epoch)).permutation(count)
+        here = numbers // count == epoch
+        taken[here] = order[numbers[here] % count]
+    return taken
 
 
 def open_dataset(name):
@@ -261,30 +272,59 @@ def evaluate(model, batches, device, dtype):
     return total / count
 
 
-def val_batches(rows, cfg):
-    """The validation split, or the first eval_tokens of it: always the same rows, each token a target once."""
-    count = len(rows)
-    if cfg.eval_tokens:
-        count = 1 + min(len(rows) - 1, int(np.searchsorted(rows.fresh.cumsum(), cfg.eval_tokens)))
-    for i in range(0, count, cfg.batch_size):
-        yield rows.batch(range(i, min(i + cfg.batch_size, count)), fresh_only=True)
-
-
 def bits_per_byte(loss, counts):
     """Loss in nats a token -> bits a byte of text, comparable across tokenizers. counts: of a split, from meta.json."""
     return loss / math.log(2) * counts["tokens"] / counts["bytes"]
 
 
-def describe_loss(loss, meta):
-    bpb, floor = bits_per_byte(loss, meta["val"]), meta["floor_bits_per_byte"]
-    against_floor = f" ({bpb / floor:.3f} x the entropy floor of {floor:.4f})" if floor else ""
-    return f"val loss {loss:.4f}, perplexity {math.exp(loss):.2f}, {bpb:.4f} bits per byte{against_floor}"
+class Pretraining:
+    """What the loop does not know: the data, what a loss means, what a checkpoint consists of, what to show. lora.py
+    has the same for instruction tuning."""
+
+    def __init__(self, cfg, loop, model, tokenizer, path, meta):
+        self.cfg, self.loop, self.model, self.tokenizer, self.meta = cfg, loop, model, tokenizer, meta
+        self.rows, self.val_rows = (Rows(path, meta, s, cfg.block_size, tokenizer.eot) for s in ("train", "val"))
+        self.floor = meta["floor_bits_per_byte"]
+        self.floor_loss = self.floor and self.floor * math.log(2) * meta["val"]["bytes"] / meta["val"]["tokens"]
+
+    def updates(self, step):
+        """The micro-batches of an update."""
+        size = self.cfg.batch_size * self.loop.gradient_accumulation_steps
+        rows = deal(len(self.rows), size, self.loop.seed, step)
+        return [self.rows.batch(part) for part in rows.reshape(-1, self.cfg.batch_size)]
+
+    def validation(self):
+        """The validation split, or the first eval_tokens of it: always the same rows, each token a target once."""
+        rows, size = self.val_rows, self.cfg.batch_size
+        enough = int(np.searchsorted(rows.fresh.cumsum(), self.cfg.eval_tokens or len(rows.tokens)))
+        count = min(len(rows), 1 + enough)
+        for i in range(0, count, size):
+            yield rows.batch(range(i, min(i + size, count)), fresh_only=True)
+
+    def describe(self, loss):
+        """A validation loss -> (what the log keeps of it, a line to print)."""
+        bpb = bits_per_byte(loss, self.meta["val"])
+        against_floor = f" ({bpb / self.floor:.3f} x the entropy floor of {self.floor:.4f})" if self.floor else ""
+        line = f"val loss {loss:.4f}, perplexity {math.exp(loss):.2f}, {bpb:.4f} bits per byte{against_floor}"
+        return {"val_loss": loss, "val_bpb": bpb}, line
+
+    def sample(self):
+        """A short story for the eye, the same draw at every evaluation."""
+        ids = [self.tokenizer.eot, *map(int, self.tokenizer.encode(self.cfg.sample_prompt))]
+        prompt, stops = torch.tensor([ids], device=self.model.device), [self.tokenizer.eot]
+        made = self.model.generate(prompt, self.loop.sample_tokens, 0.8, stop_ids=stops, seed=self.loop.seed)
+        return self.cfg.sample_prompt + self.tokenizer.decode([token.item() for token in made])
+
+    def write_model(self, path):
+        self.model.save_pretrained(path)
+        self.tokenizer.save(path)
 
 
 class Log:
     """log.jsonl, one object a line, and its mirrors. Resuming drops the lines after the checkpoint's step."""
 
-    def __init__(self, cfg, out_dir, step):
+    def __init__(self, cfg, step):
+        out_dir = Path(cfg.out_dir)
         self.path = out_dir / "log.jsonl"
         kept = read_log(self.path) if step else []
         kept = [entry for entry in kept if entry["step"] <= step]
@@ -333,7 +373,7 @@ def write_atomically(path, text):
     os.replace(part, path)
 
 
-def draw_loss(out_dir, meta):
+def draw_loss(out_dir, floor_loss):
     """loss.png from log.jsonl: training and validation loss in nats a token, and the entropy floor where known."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -344,9 +384,8 @@ def draw_loss(out_dir, meta):
     fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
     ax.plot([e["step"] for e in steps], [e["train_loss"] for e in steps], lw=0.8, alpha=0.6, label="training")
     ax.plot([e["step"] for e in evals], [e["val_loss"] for e in evals], "o-", ms=3, label="validation")
-    if meta["floor_bits_per_byte"]:
-        nats = meta["floor_bits_per_byte"] * math.log(2) * meta["val"]["bytes"] / meta["val"]["tokens"]
-        ax.axhline(nats, color="black", ls=":", lw=1, label="entropy floor")
+    if floor_loss:
+        ax.axhline(floor_loss, color="black", ls=":", lw=1, label="entropy floor")
     low = min(e["val_loss"] for e in evals)
     first = max((e["train_loss"] for e in steps), default=evals[0]["val_loss"])
     ax.set(xlabel="update", ylabel="loss (nats per token)", title=out_dir.name, ylim=(0.7 * low, min(first, 4 * low)))
@@ -356,12 +395,12 @@ def draw_loss(out_dir, meta):
     plt.close(fig)
 
 
-def save_checkpoint(path, model, tokenizer, state=None):
+def save_checkpoint(path, write_model, state=None):
     """Write a model directory (and the state to resume from) beside `path`, then swap it in."""
     part = path.with_name(path.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    tokenizer.save(part)
+    part.mkdir(parents=True)
+    write_model(part)
     if state is not None:
         torch.save(state, part / "train_state.pt")
     swap_in(part, path)
@@ -382,23 +421,14 @@ def open_model(path, device, dropout=0.0):
         raise UserError(f"{path}: not a Gemma 3 model directory: {str(e).splitlines()[0]}") from None
 
 
-def sample_story(model, tokenizer, cfg, device):
-    """A short story for the eye, the same draw at every evaluation."""
-    prompt = torch.tensor([[tokenizer.eot, *map(int, tokenizer.encode(cfg.sample_prompt))]], device=device)
-    model.eval()
-    ids = [t.item() for t in model.generate(prompt, cfg.sample_tokens, 0.8, stop_ids=[tokenizer.eot], seed=cfg.seed)]
-    model.train()
-    return cfg.sample_prompt + tokenizer.decode(ids)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # the loop
 
 
-def train(cfg, model, optimizers, out_dir, updates, validation, tokenizer, meta, state, device, dtype):
-    """Train until max_iters. `updates(step)` gives the micro-batches of an update and `validation()` the batches of an
-    evaluation, both as (inputs, targets); `state` is where to begin: step, tokens, seconds, best_val_loss."""
-    log = Log(cfg, out_dir, state["step"])
+def train(cfg, task, optimizers, state, device, dtype):
+    """Train task.model until max_iters. `state` is where to begin: step, tokens, seconds, best_val_loss."""
+    out_dir, model = Path(cfg.out_dir), task.model
+    log = Log(cfg, state["step"])
     forward = torch.compile(model) if cfg.compile else model
     trainable = [p for p in model.parameters() if p.requires_grad]
     peak = peak_flops(device, dtype)
@@ -409,20 +439,24 @@ def train(cfg, model, optimizers, out_dir, updates, validation, tokenizer, meta,
     def evaluate_and_save():
         nonlocal window_start
         paused = time.perf_counter()
-        loss = evaluate(model, validation(), device, dtype)
+        loss = evaluate(model, task.validation(), device, dtype)
         is_best = loss < state["best_val_loss"]
         state.update(step=step, seconds=time.perf_counter() - started, best_val_loss=min(loss, state["best_val_loss"]))
-        print(f"update {step}: {describe_loss(loss, meta)}")
-        log.write({"event": "eval", **state, "val_loss": loss, "val_bpb": bits_per_byte(loss, meta["val"])})
-        draw_loss(out_dir, meta)
-        story = sample_story(model, tokenizer, cfg, device)
+        results, line = task.describe(loss)
+        print(f"update {step}: {line}")
+        counters = {key: state[key] for key in ("step", "tokens", "seconds", "best_val_loss")}
+        log.write({"event": "eval", **counters, **results})
+        draw_loss(out_dir, task.floor_loss)
+        model.eval()
+        story = task.sample()
+        model.train()
         print(f"  {story}\n", flush=True)
         with open(out_dir / "samples.txt", "a", encoding="utf-8") as f:
             f.write(f"--- update {step}, val loss {loss:.4f}\n{story}\n\n")
         if is_best:
-            save_checkpoint(out_dir / "best", model, tokenizer)
+            save_checkpoint(out_dir / "best", task.write_model)
         optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
-        save_checkpoint(out_dir / "last", model, tokenizer, {**state, "optimizers": optimizer_states})
+        save_checkpoint(out_dir / "last", task.write_model, {**state, "optimizers": optimizer_states})
         window_start += time.perf_counter() - paused
 
     model.train()
@@ -437,7 +471,7 @@ def train(cfg, model, optimizers, out_dir, updates, validation, tokenizer, meta,
             for group in optimizer.param_groups:
                 group["lr"] = lr
         torch.manual_seed(hash((cfg.seed, step)))  # dropout, too, is a function of (seed, step)
-        micro_batches = updates(step)
+        micro_batches = task.updates(step)
         # every target of the update weighs the same, however unevenly micro-batches share them
         num_targets = sum(int((y != -100).sum()) for _, y in micro_batches)
         total = torch.zeros((), device=device)
@@ -476,25 +510,25 @@ def clock(seconds):
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
-def start_model(cfg, arch, out_dir, meta, tokenizer, device):
+def start_model(cfg, loop, arch, meta, tokenizer, device):
     """The model that init_from names, and the state to train it from."""
     state = {"step": 0, "tokens": 0, "seconds": 0.0, "best_val_loss": math.inf}
-    if cfg.init_from == "scratch":
+    if loop.init_from == "scratch":
         vocab_size = arch.vocab_size
         if vocab_size == GemmaConfig.vocab_size:  # not set: the tokenizer's, in whole tiles of a matrix product
             vocab_size = math.ceil(meta["vocab_size"] / 64) * 64
         special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
         config = replace(arch, vocab_size=vocab_size, **special)
         with torch.device(device):
-            model = Gemma(config, cfg.dropout).init_weights(cfg.seed)
+            model = Gemma(config, cfg.dropout).init_weights(loop.seed)
     else:
-        path = whole_checkpoint(out_dir / "last") if cfg.init_from == "resume" else Path(cfg.init_from)
+        path = whole_checkpoint(Path(loop.out_dir) / "last") if loop.init_from == "resume" else Path(loop.init_from)
         if not path.is_dir():
-            raise UserError(f"--init_from={cfg.init_from}: no checkpoint in {path}")
+            raise UserError(f"--init_from={loop.init_from}: no checkpoint in {path}")
         model = open_model(path, device, cfg.dropout)
         if Tokenizer.load(path).spec["model"] != tokenizer.spec["model"]:
             raise UserError(f"the tokenizer of {path} is not that of the dataset: prepare it with --tokenizer={path}")
-        if cfg.init_from == "resume":
+        if loop.init_from == "resume":
             state = torch.load(path / "train_state.pt", map_location=device, weights_only=True)
     config = model.config
     if meta["vocab_size"] > config.vocab_size:
@@ -504,55 +538,58 @@ def start_model(cfg, arch, out_dir, meta, tokenizer, device):
     return model, state
 
 
-def print_plan(cfg, model, rows, state, device, dtype):
-    n = model.num_params()
-    per_update = cfg.batch_size * cfg.gradient_accumulation_steps
-    epochs = cfg.max_iters * per_update / len(rows)
-    print(f"model: {n.total / 1e6:.1f}M parameters, {n.embedding / 1e6:.1f}M in the tied embedding, "
-          f"{n.non_embedding / 1e6:.1f}M in the rest")  # fmt: skip
-    print(f"updates: {cfg.max_iters - state['step']:,} of {per_update * cfg.block_size:,} tokens, "
-          f"{epochs:.2f} epochs of {len(rows):,} rows in all")  # fmt: skip
-    print(f"device: {device}, {str(dtype).removeprefix('torch.')}, {'compiled' if cfg.compile else 'not compiled'}")
-    if cfg.warmup_iters >= cfg.max_iters:
-        print(f"warning: warmup_iters={cfg.warmup_iters} never ends before max_iters={cfg.max_iters}")
-    if epochs > 30 and not cfg.dropout:
-        print(f"warning: {epochs:.0f} epochs over the same text without dropout will memorize it")
-
-
-def main(cfg, arch):
-    device = pick_device(cfg.device)
-    dtype = pick_dtype(cfg.dtype, device)
+def start_system(loop):
+    """The device and dtype to train with, and the settings as they stand on this machine."""
+    device = pick_device(loop.device)
     torch.set_float32_matmul_precision("high")
-    path, meta, tokenizer = open_dataset(cfg.dataset)
-    out_dir = Path(cfg.out_dir or f"out/{cfg.dataset}")
-    if cfg.compile and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
+    if loop.compile and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
         print("no C++ compiler here: going on without torch.compile")
-        cfg = replace(cfg, compile=False)
-    model, state = start_model(cfg, arch, out_dir, meta, tokenizer, device)
-    val_rows = Rows(path, meta, "val", cfg.block_size, tokenizer.eot)
-    if cfg.eval_only:
-        loss = evaluate(model, val_batches(val_rows, cfg), device, dtype)
-        return print(describe_loss(loss, meta))
-    if cfg.init_from != "resume" and out_dir.exists():
+        loop = replace(loop, compile=False)
+    return device, pick_dtype(loop.dtype, device), loop
+
+
+def start_out_dir(loop):
+    """Make out_dir; a run that is already there is moved aside, unless we resume it."""
+    out_dir = Path(loop.out_dir)
+    if loop.init_from != "resume" and out_dir.exists():
         aside = out_dir.with_name(f"{out_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         os.replace(out_dir, aside)
         print(f"the run that was in {out_dir} is now in {aside}")
     out_dir.mkdir(parents=True, exist_ok=True)
-    rows = Rows(path, meta, "train", cfg.block_size, tokenizer.eot)
-    print_plan(cfg, model, rows, state, device, dtype)
-    optimizers = make_optimizers(model, cfg)
+
+
+def print_plan(task, state, device, dtype):
+    cfg, loop = task.cfg, task.loop
+    n = task.model.num_params()
+    per_update = cfg.batch_size * loop.gradient_accumulation_steps
+    epochs = loop.max_iters * per_update / len(task.rows)
+    print(f"model: {n.total / 1e6:.1f}M parameters, {n.embedding / 1e6:.1f}M in the tied embedding, "
+          f"{n.non_embedding / 1e6:.1f}M in the rest")  # fmt: skip
+    print(f"updates: {loop.max_iters - state['step']:,} of {per_update * cfg.block_size:,} tokens, "
+          f"{epochs:.2f} epochs of {len(task.rows):,} rows in all")  # fmt: skip
+    print(f"device: {device}, {str(dtype).removeprefix('torch.')}, {'compiled' if loop.compile else 'not compiled'}")
+    if loop.warmup_iters >= loop.max_iters:
+        print(f"warning: warmup_iters={loop.warmup_iters} never ends before max_iters={loop.max_iters}")
+    if epochs > 30 and not cfg.dropout:
+        print(f"warning: {epochs:.0f} epochs over the same text without dropout will memorize it")
+
+
+def main(cfg, loop, arch):
+    device, dtype, loop = start_system(loop)
+    path, meta, tokenizer = open_dataset(cfg.dataset)
+    loop = replace(loop, out_dir=loop.out_dir or f"out/{cfg.dataset}")
+    model, state = start_model(cfg, loop, arch, meta, tokenizer, device)
+    task = Pretraining(cfg, loop, model, tokenizer, path, meta)
+    if cfg.eval_only:
+        return print(task.describe(evaluate(model, task.validation(), device, dtype))[1])
+    start_out_dir(loop)
+    print_plan(task, state, device, dtype)
+    optimizers = make_optimizers(model, loop)
     for optimizer, optimizer_state in zip(optimizers, state.pop("optimizers", []), strict=False):
         optimizer.load_state_dict(optimizer_state)
-
-    def updates(step):
-        return rows.update(step, cfg)
-
-    def validation():
-        return val_batches(val_rows, cfg)
-
-    train(cfg, model, optimizers, out_dir, updates, validation, tokenizer, meta, state, device, dtype)
-    print(f'done. Read what it writes: python sample.py --out_dir={out_dir} --start="Once"')
+    train(loop, task, optimizers, state, device, dtype)
+    print(f'done. Read what it writes: python sample.py --out_dir={loop.out_dir} --start="Once"')
 
 
 if __name__ == "__main__":
-    run(main, TrainConfig, GemmaConfig)
+    run(main, PretrainConfig, TrainConfig, GemmaConfig)

@@ -19,6 +19,7 @@ import math
 import random
 import re
 import sys
+import zlib
 from pathlib import Path
 
 # slot: the pool it draws from; slots of one pool never hold the same word
@@ -79,7 +80,7 @@ def read_grammar(path):
         head, _, body = section.strip().partition("\n")
         mark, _, name = head.partition(" ")
         if mark == "=":
-            pools[name] = [word.strip() for word in body.replace("\n", ",").split(",") if word.strip()]
+            pools[name] = [word.strip() for word in " ".join(body.split()).split(",")]
         elif mark == ":":
             rules[name] = [parse(text) for text in re.split(r"(?m)^- ", body)[1:]]
         elif mark == "*":
@@ -116,8 +117,12 @@ def expand(node, slots):
         taken = [slots.get(other) for other, its in SLOTS.items() if its == pool]
         return [word for word in POOLS[pool] if word not in taken], key
     if modifier:
-        word = f"{modifier}n {word}" if word[0] in "aeiou" else f"{modifier} {word}"
+        word = article(word, modifier)
     return word if name == key else word[0].upper() + word[1:]
+
+
+def article(word, a="a"):
+    return f"{a}n {word}" if word[0] in "aeiou" else f"{a} {word}"
 
 
 def then(nodes, rest):
@@ -130,7 +135,12 @@ def then(nodes, rest):
 def tell(seed, **slots):
     """Tell the fable of this seed: (text, slots). Slots given beforehand, as hero="Pim", are kept."""
     rng = random.Random(f"fable {seed}")  # a string: its whole hash seeds the generator
-    parts, todo = [], then(RULES["fable"][0], None)
+    return say(RULES["fable"][0], rng, slots)
+
+
+def say(nodes, rng, slots):
+    """Say these nodes, drawing every choice: (text, slots as they are then)."""
+    parts, todo = [], then(nodes, None)
     while todo:
         node, rest = todo
         said = node if isinstance(node, str) else expand(node, slots)
@@ -170,6 +180,49 @@ def derivations(text):
             else:
                 branches.append((at, bits, {**slots, slot: option}, todo))
     return found
+
+
+def is_held_out(kind, plot):
+    """Whether a hero of this kind in this plot is kept from instruction training: one pair in ten."""
+    return zlib.crc32(f"{kind} {plot}".encode()) % 10 == 0
+
+
+def instruction(seed, held_out=False):
+    """An instruction about a fable, with the answer the grammar gives: a dict of task, instruction, input, output, and
+    what `follows` checks an answer by."""
+    rng = random.Random(f"instruction {seed}")
+    kind, plot = rng.choice(POOLS["animal"]), rng.choice(POOLS["plot"])
+    while is_held_out(kind, plot) != held_out:
+        kind, plot = rng.choice(POOLS["animal"]), rng.choice(POOLS["plot"])
+    does, given = say(PLOTS[plot], rng, {"hero": rng.choice(POOLS["name"]), "kind": kind, "plot": plot})
+    text, slots = say(RULES["fable"][0], rng, given)
+    hero, lesson = slots["hero"], slots["lesson"]
+    task = rng.choice(["tell", "friend", "kind", "home", "lesson", "rewrite"])
+    if task == "tell":
+        words = [word for slot, word in given.items() if slot != "plot"]
+        ask = f"{rng.choice(['Tell', 'Write'])} a fable about {article(kind)} named {hero} who {does}."
+        check = {"words": words, "lessons": POOLS[plot]}
+        return {"task": task, "instruction": ask, "input": "", "output": text, **check}
+    new = rng.choice([animal for animal in POOLS["animal"] if animal not in slots.values()])
+    ask, answer = {
+        "friend": (f"Who else is in this fable about {hero}?", f"{slots['friend']} the {slots['fkind']}."),
+        "kind": (f"What kind of animal is {hero}?", f"{article(kind).capitalize()}."),
+        "home": (f"Where does {hero} live?", f"Near {slots['place']}."),
+        "lesson": ("What is the lesson of this fable?", f"{lesson[0].upper()}{lesson[1:]}."),
+        "rewrite": (f"Rewrite this fable with {article(new)}.", re.sub(rf"\b{kind}\b", new, text)),
+    }[task]
+    return {"task": task, "instruction": ask, "input": text, "output": answer}
+
+
+def follows(record, answer):
+    """Whether an answer does what an instruction asks. A question or a rewriting has one right answer; a fable has to
+    use the words asked for, name its hero and one other, and end in a lesson of the plot."""
+    if "words" not in record:
+        return answer.strip() == record["output"]
+    words = set(re.findall(r"\w+", answer))
+    lessons = [lesson for lesson in record["lessons"] if lesson in answer or lesson[1:] in answer]
+    asked = all(words.issuperset(word.split()) for word in record["words"])
+    return asked and bool(lessons) and len(words & set(POOLS["name"])) == 2
 
 
 if __name__ == "__main__":

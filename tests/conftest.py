@@ -32,7 +32,7 @@ def needs_gpt2():
 
 def copy_project(path):
     """The scripts alone, in a folder of their own."""
-    for name in ("model.py", "prepare.py", "train.py", "sample.py"):
+    for name in ("model.py", "prepare.py", "train.py", "lora.py", "sample.py"):
         shutil.copy(HOME / name, path)
     shutil.copytree(HOME / "config", path / "config", ignore=shutil.ignore_patterns("__pycache__"))
     (path / "data").mkdir()
@@ -48,7 +48,9 @@ def project(tmp_path):
 
 def run_script(project, *args, ok=True, timeout=240):
     """Run `python args...` in the project's folder as a user would -> the finished process."""
-    result = subprocess.run([sys.executable, *map(str, args)], cwd=project, capture_output=True, text=True, timeout=timeout)
+    result = subprocess.run(
+        [sys.executable, *map(str, args)], cwd=project, capture_output=True, text=True, timeout=timeout
+    )
     assert not ok or result.returncode == 0, result.stdout + result.stderr
     return result
 

@@ -104,12 +104,12 @@ def test_help_describes_every_field(script):
 
 def test_every_recipe_is_valid():
     from model import GemmaConfig
-    from train import TrainConfig
+    from train import PretrainConfig, TrainConfig
 
     recipes = sorted((HOME / "config").glob("train_*.py"))
     assert len(recipes) >= 4
     for recipe in recipes:
-        configure([TrainConfig, GemmaConfig], [str(recipe)])
+        configure([PretrainConfig, TrainConfig, GemmaConfig], [str(recipe)])
 
 
 def test_user_errors_end_in_one_line():

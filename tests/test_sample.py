@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from conftest import TINY, copy_project, fails, run_script
@@ -100,3 +102,71 @@ def test_mistakes_end_in_one_line(project, args, message):
 
 def test_no_checkpoint_at_all(tmp_path):
     assert "train one first" in fails(copy_project(tmp_path), "sample.py")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# instructions
+
+
+@pytest.fixture(scope="module")
+def tuned(project):
+    """An adapter trained for a moment on the project's model."""
+    records = [{"instruction": f"Who is number {i}?", "output": f"The fox {i}."} for i in range(60)]
+    (project / "records.json").write_text(json.dumps(records))
+    run_script(
+        project, "lora.py", "--init_from=out/fables/best", "--data=records.json", "--template=short", "--rank=2",
+        "--num_samples=1", "--sample_tokens=8", "--compile=False", "--device=cpu", "--out_dir=out/tuned",
+        "--eval_interval=99", "--learning_rate=0.02",
+    )  # fmt: skip
+    return project
+
+
+ASK = ("--adapter=out/tuned/best", "--instruct=Who is it?", "--input=A fox.", "--max_new_tokens=20", "--temperature=0")
+
+
+def greedy_answer(project, adapter):
+    """What the model answers to ASK, by hand."""
+    from lora import load_adapter
+    from prepare import encode_prompt
+
+    tokenizer = Tokenizer.load(project / "out/fables/best")
+    model = Gemma.from_pretrained(project / "out/fables/best")
+    if adapter:
+        load_adapter(model, project / "out/tuned/best")
+    prompt = torch.tensor([encode_prompt(tokenizer, [("Who is it?", "A fox.", "")], "short")])
+    return tokenizer.decode(
+        [t.item() for t in model.eval().generate(prompt, 20, temperature=0, stop_ids=[tokenizer.eot])]
+    )
+
+
+def test_an_instruction_is_rendered_as_in_training(tuned):
+    assert story(sampled(tuned, *ASK)) == greedy_answer(tuned, adapter=True)
+
+
+def test_compare_shows_the_base_and_then_the_tuned(tuned):
+    base, after = sampled(tuned, *ASK, "--compare=True").split("tuned:\n\n")
+    assert base.split("base:\n\n")[1].startswith(greedy_answer(tuned, adapter=False) + "\n\n[")
+    assert after.startswith(greedy_answer(tuned, adapter=True) + "\n\n[")
+
+
+def test_a_conversation(tuned):
+    import subprocess
+    import sys
+
+    command = [sys.executable, "sample.py", "--adapter=out/tuned/best", "--interactive=True", "--max_new_tokens=4"]
+    lines = "Tell a fable.\n" + "again " * 400 + "\nWho was it?\n"
+    result = subprocess.run(command, cwd=tuned, input=lines, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("> ") == 4 and "positions: shorten it" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--adapter=nowhere"], "no adapter here"),
+        (["--adapter=out/tuned/best", "--model=out/nowhere"], "not a Gemma 3 model directory"),
+        (["--compare=True"], "compare needs an adapter"),
+    ],
+)
+def test_mistakes_with_adapters(tuned, args, message):
+    assert message in fails(tuned, "sample.py", *args)

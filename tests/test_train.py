@@ -10,7 +10,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from model import Gemma, GemmaConfig
-from train import Rows, TrainConfig, bits_per_byte, learning_rate, make_optimizers, read_log, save_checkpoint
+from train import (
+    PretrainConfig,
+    Pretraining,
+    Rows,
+    TrainConfig,
+    bits_per_byte,
+    deal,
+    learning_rate,
+    make_optimizers,
+    read_log,
+    save_checkpoint,
+)
 
 
 @pytest.fixture(scope="module")
@@ -76,48 +87,54 @@ def test_every_whole_document_that_fits_stands_in_one_row(tmp_path):
         at += n
 
 
-def test_batches_are_a_permutation_every_epoch_and_a_function_of_seed_and_step(tmp_path):
+def test_batches_are_a_permutation_every_epoch_and_a_function_of_seed_and_step():
     """nanoGPT samples with replacement (294) and replays its data on resume (467)."""
-    rows, _ = make_rows(tmp_path, [6] * 35, 10)
-    cfg = TrainConfig(batch_size=2, gradient_accumulation_steps=2, block_size=10, seed=3)
-    seen = [x[0].item() for step in range(3 * len(rows)) for _, y in rows.update(step, cfg) for x in y]
-    epochs = [seen[i : i + len(rows)] for i in range(0, 12 * len(rows), len(rows))]
-    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs) and len(set(epochs[0])) == len(rows)
+    seen = [i for step in range(30) for i in deal(35, 14, 3, step).tolist()]
+    epochs = [seen[i : i + 35] for i in range(0, len(seen), 35)]
+    assert len(epochs) == 12 and all(sorted(epoch) == list(range(35)) for epoch in epochs)
     assert epochs[0] != epochs[1]
-    again = rows.update(7, cfg)
-    assert all(
-        torch.equal(a, b) for p, q in zip(again, rows.update(7, cfg), strict=True) for a, b in zip(p, q, strict=True)
-    )
-    other = TrainConfig(batch_size=2, gradient_accumulation_steps=2, block_size=10, seed=4)
-    assert not all(torch.equal(a[1], b[1]) for a, b in zip(again, rows.update(7, other), strict=True))
-    # how an update is cut into micro-batches does not change it
-    whole = TrainConfig(batch_size=4, gradient_accumulation_steps=1, block_size=10, seed=3)
-    assert torch.equal(torch.cat([y for _, y in again]), rows.update(7, whole)[0][1])
+    assert deal(35, 14, 3, 7).tolist() == seen[7 * 14 : 8 * 14]
+    assert deal(35, 14, 4, 7).tolist() != seen[7 * 14 : 8 * 14]
+    assert deal(5, 14, 3, 0).tolist()[:10] != [0, 1, 2, 3, 4] * 2  # an update of several epochs
+    assert sorted(deal(5, 10, 3, 0)) == sorted([0, 1, 2, 3, 4] * 2)
+
+
+def pretraining(project, **settings):
+    path = project / "data" / "fables"
+    meta = json.loads((path / "meta.json").read_text())
+    config = GemmaConfig(vocab_size=448, hidden_size=32, num_hidden_layers=2, head_dim=16, intermediate_size=64)
+    loop = TrainConfig(gradient_accumulation_steps=settings.pop("gradient_accumulation_steps", 1), seed=3)
+    cfg = PretrainConfig(block_size=256, **settings)
+    return Pretraining(cfg, loop, Gemma(config).init_weights(0), train.Tokenizer.load(path), path, meta)
+
+
+def test_how_an_update_is_cut_into_micro_batches_does_not_change_it(project):
+    one = pretraining(project, batch_size=6).updates(4)
+    three = pretraining(project, batch_size=2, gradient_accumulation_steps=3).updates(4)
+    assert len(one) == 1 and len(three) == 3
+    for i in (0, 1):
+        assert torch.equal(one[0][i], torch.cat([batch[i] for batch in three]))
 
 
 def test_evaluation_is_the_mean_over_all_tokens(project):
-    path = project / "data" / "fables"
-    meta = json.loads((path / "meta.json").read_text())
-    tokenizer = train.Tokenizer.load(path)
-    rows = Rows(path, meta, "val", 256, tokenizer.eot)
-    config = GemmaConfig(vocab_size=448, hidden_size=32, num_hidden_layers=2, head_dim=16, intermediate_size=64)
-    model = Gemma(config).init_weights(0)
-    cfg = TrainConfig(batch_size=5, block_size=256)
-    loss = train.evaluate(model, train.val_batches(rows, cfg), torch.device("cpu"), torch.float32)
-    assert model.training
-    tokens = np.fromfile(path / "val.bin", dtype=np.uint16).astype(np.int64)
-    assert sum(int((y != -100).sum()) for _, y in train.val_batches(rows, cfg)) == len(tokens) == meta["val"]["tokens"]
-    few = list(train.val_batches(rows, TrainConfig(batch_size=5, block_size=256, eval_tokens=300)))
+    task = pretraining(project, batch_size=5)
+    loss = train.evaluate(task.model, task.validation(), torch.device("cpu"), torch.float32)
+    assert task.model.training
+    tokens = np.fromfile(project / "data" / "fables" / "val.bin", dtype=np.uint16)
+    assert sum(int((y != -100).sum()) for _, y in task.validation()) == len(tokens) == task.meta["val"]["tokens"]
+    few = pretraining(project, batch_size=5, eval_tokens=300).validation()
     assert 300 <= sum(int((y != -100).sum()) for _, y in few) < 300 + 256
-    model.eval()
+    task.model.eval()
     total = 0.0  # the same by hand, a row at a time
-    for i in range(len(rows)):
-        x, y = rows.batch([i], fresh_only=True)
+    for i in range(len(task.val_rows)):
+        x, y = task.val_rows.batch([i], fresh_only=True)
         with torch.no_grad():
-            logp = model(x)[0].double().log_softmax(-1)
+            logp = task.model(x)[0].double().log_softmax(-1)
         total -= sum(logp[t, y[0, t]].item() for t in range(y.shape[1]) if y[0, t] != -100)
     assert loss == pytest.approx(total / len(tokens), rel=1e-5)
-    assert bits_per_byte(loss, meta["val"]) == pytest.approx(total / math.log(2) / meta["val"]["bytes"], rel=1e-5)
+    assert bits_per_byte(loss, task.meta["val"]) == pytest.approx(
+        total / math.log(2) / task.meta["val"]["bytes"], rel=1e-5
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -170,10 +187,10 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(project, args):
     killed = project / "out" / f"{name}-killed"
     code = (
         "import train, sys\nfrom config import configure\nfrom model import GemmaConfig\n"
-        "cfg, arch = configure([train.TrainConfig, GemmaConfig], sys.argv[1:])\n"
+        "settings = configure([train.PretrainConfig, train.TrainConfig, GemmaConfig], sys.argv[1:])\n"
         "rate = train.learning_rate\n"
         "def stop(step, cfg):\n    if step == 8: sys.exit(9)\n    return rate(step, cfg)\n"
-        "train.learning_rate = stop\ntrain.main(cfg, arch)\n"
+        "train.learning_rate = stop\ntrain.main(*settings)\n"
     )
     (project / "killer.py").write_text(code)
     flags = ["--dataset=fables", f"--out_dir=out/{name}-killed", *TINY, "--max_iters=12", *args]
@@ -267,12 +284,11 @@ def test_best_is_the_best_not_the_last(project):
 
 
 @pytest.mark.parametrize("fatal", [1, 2])
-def test_a_save_cut_off_in_the_middle_leaves_a_whole_checkpoint(tmp_path, monkeypatch, project, fatal):
+def test_a_save_cut_off_in_the_middle_leaves_a_whole_checkpoint(tmp_path, monkeypatch, fatal):
     """Whichever rename of the swap is the last thing that happens."""
-    tokenizer = train.Tokenizer.load(project / "data" / "fables")
     config = GemmaConfig(vocab_size=448, hidden_size=32, num_hidden_layers=1, head_dim=16, intermediate_size=64)
     old, new = Gemma(config).init_weights(1), Gemma(config).init_weights(2)
-    save_checkpoint(tmp_path / "last", old, tokenizer)
+    save_checkpoint(tmp_path / "last", old.save_pretrained)
     rename, calls = os.replace, []
 
     def dies(*args):
@@ -284,13 +300,13 @@ def test_a_save_cut_off_in_the_middle_leaves_a_whole_checkpoint(tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", dies)
         with pytest.raises(KeyboardInterrupt):
-            save_checkpoint(tmp_path / "last", new, tokenizer)
+            save_checkpoint(tmp_path / "last", new.save_pretrained)
 
     def weights():
         return list(train.open_model(tmp_path / "last", "cpu").parameters())
 
     assert all(torch.equal(a, b) for a, b in zip(weights(), old.parameters(), strict=True))
-    save_checkpoint(tmp_path / "last", new, tokenizer)  # and the next save goes through
+    save_checkpoint(tmp_path / "last", new.save_pretrained)  # and the next save goes through
     assert all(torch.equal(a, b) for a, b in zip(weights(), new.parameters(), strict=True))
 
 

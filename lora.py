@@ -1,0 +1,422 @@
+"""
+Instruction-tune a Gemma 3 with LoRA, or all of it (--rank=0). The loop is train.py's.
+
+    python lora.py config/lora_fables.py                                  # after the quick start
+    python lora.py --init_from=out/fables/best --data=records.json --out_dir=out/mine
+    python sample.py --adapter=out/lora-fables/best --instruct="Tell a fable about a fox named Pim who loses a kite."
+
+LoRA (Hu et al. 2021) replaces a linear layer W by W + scale * B A, with A (rank, in) and B (out, rank) alone trained. B
+starts at zero, so training starts from the model as it was. Adapters are saved in PEFT's format and open in PEFT.
+"""
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from safetensors.torch import load_file, save_file
+
+from config import UserError, run
+from prepare import (
+    TEMPLATES,
+    Tokenizer,
+    encode_prompt,
+    end_of_response,
+    is_held_out,
+    read_records,
+    read_turns,
+)
+from train import (
+    PretrainConfig,
+    Pretraining,
+    TrainConfig,
+    deal,
+    evaluate,
+    make_optimizers,
+    open_dataset,
+    open_model,
+    start_out_dir,
+    start_system,
+    train,
+    whole_checkpoint,
+)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LoRA itself
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with a low-rank addition: base(x) + scale * B(A(dropout(x)))."""
+
+    def __init__(self, base, rank, scale, dropout):
+        super().__init__()
+        self.base_layer = base
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=base.weight.device)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=base.weight.device)
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # as PEFT does
+        nn.init.zeros_(self.lora_B.weight)  # so that at first nothing changes
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B(self.lora_A(self.dropout(x))) * self.scale
+
+
+def lora_layers(model):
+    """(name, layer) of every LoRALinear in the model."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+
+
+def set_module(model, name, module):
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def add_lora(model, rank, alpha, dropout=0.0, targets="all-linear", rslora=False):
+    """Put a LoRALinear around the targeted nn.Linear modules, in place, and freeze everything else.
+
+    targets: "all-linear" or module names, as "q_proj,v_proj". The scale is alpha / rank, or alpha / sqrt(rank) with
+    rslora (Kalajdzievski 2023). Raises ValueError for a target that matches nothing."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    kinds = {name.rpartition(".")[2] for name in linears}
+    wanted = kinds if targets == "all-linear" else {target.strip() for target in targets.split(",")}
+    if missing := wanted - kinds:
+        raise ValueError(
+            f"LoRA targets {', '.join(sorted(missing))} match nothing; there are {', '.join(sorted(kinds))}"
+        )
+    model.requires_grad_(False)
+    scale = alpha / (math.sqrt(rank) if rslora else rank)
+    for name, linear in linears.items():
+        if name.rpartition(".")[2] in wanted:
+            set_module(model, name, LoRALinear(linear, rank, scale, dropout))
+    return model
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """Fold the adapters into their base layers, in place: the plain model again, with the same function."""
+    for name, layer in lora_layers(model):
+        base = layer.base_layer
+        delta = layer.lora_B.weight.float() @ layer.lora_A.weight.float() * layer.scale
+        base.weight.copy_(base.weight.float() + delta)
+        set_module(model, name, base)
+    return model
+
+
+def save_adapter(model, path, settings):
+    """Write adapter_config.json and adapter_model.safetensors as PEFT does. settings: base_model, rank, alpha, dropout,
+    rslora."""
+    layers = lora_layers(model)
+    about = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(settings["base_model"]),
+        "r": settings["rank"],
+        "lora_alpha": settings["alpha"],
+        "lora_dropout": settings["dropout"],
+        "use_rslora": settings["rslora"],
+        "target_modules": sorted({name.rpartition(".")[2] for name, _ in layers}),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n")
+    tensors = {
+        f"base_model.model.{name}.{part}.weight": getattr(layer, part).weight.detach().contiguous()
+        for name, layer in layers
+        for part in ("lora_A", "lora_B")
+    }
+    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def load_adapter(model, path, dropout=None):
+    """Put the adapter of a PEFT directory into a plain model, in place. Raises ValueError where it does not fit."""
+    path = Path(path)
+    about = json.loads((path / "adapter_config.json").read_text())
+    unknown = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if about.get(key)]
+    if about.get("peft_type") != "LORA" or unknown:
+        raise ValueError(f"{path}: only plain LoRA adapters can be read, not {unknown or about.get('peft_type')}")
+    targets = about["target_modules"]
+    targets = targets if isinstance(targets, str) else ",".join(targets)
+    dropout = about.get("lora_dropout", 0.0) if dropout is None else dropout
+    add_lora(model, about["r"], about["lora_alpha"], dropout, targets, about.get("use_rslora", False))
+    weights = load_file(path / "adapter_model.safetensors")
+    expected = {
+        f"base_model.model.{name}.{part}.weight": getattr(layer, part).weight
+        for name, layer in lora_layers(model)
+        for part in ("lora_A", "lora_B")
+    }
+    if odd := sorted(set(weights) ^ set(expected)):
+        raise ValueError(f"{path}: the adapter and the model do not fit: {odd[0]} and {len(odd) - 1} more")
+    with torch.no_grad():
+        for name, weight in expected.items():
+            if weight.shape != weights[name].shape:
+                raise ValueError(
+                    f"{path}: {name} is {tuple(weights[name].shape)}, the model needs {tuple(weight.shape)}"
+                )
+            weight.copy_(weights[name])
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# instruction tuning
+
+
+@dataclass
+class LoraConfig:
+    """What instruction tuning alone needs."""
+
+    data: str = "fables"  # fables, alpaca, dolly, a Hub id, or a .json, .jsonl or .parquet file of records
+    template: str = "alpaca"  # what stands around an instruction: alpaca, short or gemma
+    rank: int = 8  # of the adapters; 0: train all weights instead
+    alpha: float = 16.0  # adapters count alpha / rank
+    targets: str = "all-linear"  # which linear layers, as q_proj,v_proj
+    rslora: bool = False  # adapters count alpha / sqrt(rank) instead
+    lora_dropout: float = 0.0  # on the adapters' input
+    epochs: float = 1.0  # over the records; sets max_iters
+    max_records: int = 0  # use so many records; 0: all (fables: 12,000)
+    max_length: int = 512  # tokens of prompt and response; longer prompts lose their beginning
+    max_tokens_per_batch: int = 4096  # padding included; records of like length share a batch
+    val_fraction: float = 0.05  # share of the records held out
+    num_checked: int = 200  # held-out fable instructions answered and checked, before and after
+    forgetting: str = ""  # a prepared dataset to measure bits per byte on, before and after, as fables
+    num_samples: int = 4  # answers shown before and after
+    top_k: int = 5  # for those answers
+    merge: bool = False  # at the end also save the merged model, to out_dir/merged
+
+    def __post_init__(self):
+        if self.template not in TEMPLATES:
+            raise ValueError(f"template={self.template!r} must be one of {', '.join(TEMPLATES)}")
+        for key, low in (("rank", 0), ("max_length", 2), ("max_tokens_per_batch", self.max_length)):
+            if getattr(self, key) < low:
+                raise ValueError(f"{key}={getattr(self, key)} must be at least {low}")
+        if self.epochs <= 0 or self.alpha <= 0 or not 0 < self.val_fraction < 1:
+            raise ValueError("epochs and alpha must be above 0, val_fraction between 0 and 1")
+
+
+class Tuning:
+    """Instruction tuning, as train.py's loop wants it: what Pretraining is for pretraining."""
+
+    floor_loss = None
+
+    def __init__(self, cfg, loop, model, base_model, tokenizer, train_records, val_records):
+        self.cfg, self.loop, self.model, self.base_model, self.tokenizer = cfg, loop, model, base_model, tokenizer
+        self.end = end_of_response(tokenizer, cfg.template)
+        self.dropped = 0
+        self.train_set, _ = self.encode_all(train_records)
+        self.val_set, self.val_records = self.encode_all(val_records)
+        for name, records in (("train", self.train_set), ("held-out", self.val_set)):
+            if not records:
+                raise UserError(f"--data={cfg.data}: no {name} record has a response within {cfg.max_length} tokens")
+        self.train_batches, self.val_batches = self.group(self.train_set), self.group(self.val_set)
+
+    def encode_all(self, records):
+        """Records -> [(prompt ids, response ids)], the response ending in its end token, and the records they are of.
+        Too long ones lose the beginning of their prompt; where the response alone is too long, or empty, the record
+        is dropped."""
+        encoded, kept = [], []
+        for turns in records:
+            response = [*map(int, self.tokenizer.encode(turns[-1][2])), self.end]
+            room = self.cfg.max_length - len(response)
+            if room < 1 or len(response) == 1:
+                self.dropped += 1
+                continue
+            encoded.append((encode_prompt(self.tokenizer, turns, self.cfg.template)[-room:], response))
+            kept.append(turns)
+        return encoded, kept
+
+    def group(self, encoded):
+        """Batches, as lists of record numbers: records of like length together, within max_tokens_per_batch."""
+        lengths = np.array([len(prompt) + len(response) for prompt, response in encoded])
+        batches, batch = [], []
+        for i in np.argsort(lengths, kind="stable"):
+            if batch and (len(batch) + 1) * lengths[i] > self.cfg.max_tokens_per_batch:  # the longest comes last
+                batches.append(batch)
+                batch = []
+            batch.append(int(i))
+        return [*batches, batch]
+
+    def collate(self, encoded, batch):
+        """Inputs and targets (B, T): targets are the response's tokens, the rest is -100."""
+        T = max(len(prompt) + len(response) for prompt, response in (encoded[i] for i in batch)) - 1
+        x = torch.full((len(batch), T), self.tokenizer.eot)
+        y = torch.full((len(batch), T), -100)
+        for row, i in enumerate(batch):
+            prompt, response = encoded[i]
+            ids = torch.tensor(prompt + response)
+            x[row, : len(ids) - 1] = ids[:-1]
+            y[row, len(prompt) - 1 : len(ids) - 1] = ids[len(prompt) :]
+        return x, y
+
+    def updates(self, step):
+        taken = deal(len(self.train_batches), self.loop.gradient_accumulation_steps, self.loop.seed, step)
+        return [self.collate(self.train_set, self.train_batches[i]) for i in taken]
+
+    def validation(self):
+        for batch in self.val_batches:
+            yield self.collate(self.val_set, batch)
+
+    def padding(self):
+        """Share of the training batches that is padding."""
+        lengths = [[sum(map(len, self.train_set[i])) for i in batch] for batch in self.train_batches]
+        return 1 - sum(map(sum, lengths)) / sum(len(batch) * max(batch) for batch in lengths)
+
+    def describe(self, loss):
+        results = {"val_loss": loss, "val_perplexity": math.exp(loss)}
+        return results, f"response loss {loss:.4f}, perplexity {math.exp(loss):.3f} on held-out records"
+
+    def answer(self, prompt, max_new_tokens, **how):
+        ids = torch.tensor([prompt], device=self.model.device)
+        stops = [self.end, self.tokenizer.eot]
+        made = [t.item() for t in self.model.generate(ids, max_new_tokens, stop_ids=stops, **how)]
+        return self.tokenizer.decode([t for t in made if t not in stops]).strip()
+
+    def sample(self):
+        """The first held-out instruction, and the answer to it as the model stands."""
+        instruction, context, _ = self.val_records[0][-1]
+        answer = self.answer(self.val_set[0][0], self.loop.sample_tokens, top_k=self.cfg.top_k, seed=self.loop.seed)
+        return f"{instruction} {context}\n  -> {answer}"
+
+    def write_model(self, path):
+        if self.cfg.rank:
+            cfg = self.cfg
+            settings = {"rank": cfg.rank, "alpha": cfg.alpha, "dropout": cfg.lora_dropout, "rslora": cfg.rslora}
+            save_adapter(self.model, path, {"base_model": self.base_model, **settings})
+        else:
+            self.model.save_pretrained(path)
+        self.tokenizer.save(path)
+        (path / "instruct.json").write_text(json.dumps({"template": self.cfg.template}) + "\n")  # for sample.py
+
+
+def open_records(cfg, loop):
+    """The instruction data: (training conversations, held-out conversations, held-out fable records to check)."""
+    if cfg.data == "fables":
+        from data import fable_grammar
+
+        def conversation(record):
+            return [(record["instruction"], record["input"], record["output"])]
+
+        count = cfg.max_records or 12_000
+        held_out = [
+            fable_grammar.instruction(f"{loop.seed}/held out/{i}", held_out=True) for i in range(cfg.num_checked)
+        ]
+        records = (fable_grammar.instruction(f"{loop.seed}/{i}") for i in range(count))
+        return [conversation(record) for record in records], [conversation(record) for record in held_out], held_out
+    train_records, val_records = [], []
+    for i, record in enumerate(read_records(cfg.data)):
+        if cfg.max_records and i >= cfg.max_records:
+            break
+        for turns in read_turns(record, cfg.data):
+            held_out = is_held_out(json.dumps(turns), cfg.val_fraction)
+            (val_records if held_out else train_records).append(turns)
+    return train_records, val_records, []
+
+
+def measure(task, checked, pretraining, device, dtype):
+    """What the report compares before and after: (figures by name, the answers shown)."""
+    model = task.model
+    results = {"response loss": evaluate(model, task.validation(), device, dtype)}
+    results["response perplexity"] = math.exp(results["response loss"])
+    model.eval()
+    if checked:
+        from data import fable_grammar
+
+        followed = {}
+        for record, (prompt, response) in zip(checked, task.val_set, strict=True):
+            answer = task.answer(prompt, len(response) + 20, temperature=0)
+            followed.setdefault(record["task"], []).append(fable_grammar.follows(record, answer))
+        for name, outcomes in sorted(followed.items()):
+            results[f"followed: {name}"] = sum(outcomes) / len(outcomes)
+        results["followed: all"] = sum(map(sum, followed.values())) / len(checked)
+    if pretraining:
+        loss = evaluate(model, pretraining.validation(), device, dtype)
+        results["bits per byte on plain text"] = pretraining.describe(loss)[0]["val_bpb"]
+    shown = list(zip(task.val_records, task.val_set, strict=False))[: task.cfg.num_samples]
+    how = {"top_k": task.cfg.top_k, "seed": task.loop.seed}
+    answers = [(turns[-1], task.answer(prompt, task.loop.sample_tokens, **how)) for turns, (prompt, _) in shown]
+    model.train()
+    return results, answers
+
+
+def report(task, before, after, out_dir):
+    """The comparison, to the terminal and samples.txt."""
+    lines = []
+    for (turn, was), (_, now) in zip(before[1], after[1], strict=True):
+        instruction, context, wanted = turn
+        lines += [f"instruction: {instruction}", *([f"input: {context}"] if context else []), f"wanted: {wanted}"]
+        lines += [f"before: {was}", f"after: {now}", ""]
+    trainable = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in task.model.parameters())
+    lines.append(f"trained: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    for name, value in before[0].items():
+        lines.append(f"{name}: {value:.4f} before, {after[0][name]:.4f} after")
+    text = "\n".join(lines)
+    print("\n" + text)
+    with open(Path(out_dir) / "samples.txt", "a", encoding="utf-8") as f:
+        f.write("--- before and after\n" + text + "\n")
+
+
+def main(cfg, loop):
+    device, dtype, loop = start_system(loop)
+    loop = replace(loop, out_dir=loop.out_dir or f"out/lora-{Path(cfg.data).stem}")
+    state = {"step": 0, "tokens": 0, "seconds": 0.0, "best_val_loss": math.inf}
+    last = whole_checkpoint(Path(loop.out_dir) / "last")
+    if loop.init_from == "scratch":
+        raise UserError("LoRA tunes a trained model: name its directory, as --init_from=out/fables/best")
+    if loop.init_from == "resume":
+        if not last.is_dir():
+            raise UserError(f"--init_from=resume: no checkpoint in {last}")
+        state = torch.load(last / "train_state.pt", map_location=device, weights_only=True)
+        base_model = state["base_model"] if cfg.rank else last
+    else:
+        base_model = loop.init_from
+    model = open_model(base_model, device)
+    if cfg.max_length > (limit := model.config.max_position_embeddings):
+        raise UserError(f"max_length={cfg.max_length} exceeds the model's max_position_embeddings={limit}: lower it")
+    tokenizer = Tokenizer.load(base_model)
+    torch.manual_seed(loop.seed)  # draws A
+    try:
+        if loop.init_from == "resume" and cfg.rank:
+            load_adapter(model, last, cfg.lora_dropout)
+        elif cfg.rank:
+            add_lora(model, cfg.rank, cfg.alpha, cfg.lora_dropout, cfg.targets, cfg.rslora)
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    train_records, val_records, checked = open_records(cfg, loop)
+    task = Tuning(cfg, loop, model, base_model, tokenizer, train_records, val_records)
+    if checked and task.dropped:
+        raise UserError(f"max_length={cfg.max_length} is too short for the fables' instructions: raise it")
+    per_epoch = len(task.train_batches) / loop.gradient_accumulation_steps
+    loop = task.loop = replace(loop, max_iters=max(1, round(cfg.epochs * per_epoch)))
+    print(f"data: {len(task.train_set):,} records to learn, {len(task.val_set):,} held out, {task.dropped:,} dropped; "
+          f"{len(task.train_batches):,} batches, {task.padding():.1%} of them padding")  # fmt: skip
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    print(f"training {trainable:,} of {total:,} parameters, {loop.max_iters:,} updates")
+    pretraining = None
+    if cfg.forgetting:
+        path, meta, its_tokenizer = open_dataset(cfg.forgetting)
+        if its_tokenizer.spec["model"] != tokenizer.spec["model"]:
+            raise UserError(f"--forgetting={cfg.forgetting}: prepared with another tokenizer than {base_model} has")
+        text_cfg = PretrainConfig(block_size=min(cfg.max_length, model.config.max_position_embeddings))
+        pretraining = Pretraining(text_cfg, loop, model, tokenizer, path, meta)
+    if loop.init_from != "resume":  # what the report compares with must survive an interruption
+        state |= {"base_model": str(base_model), "before": measure(task, checked, pretraining, device, dtype)}
+        start_out_dir(loop)
+    optimizers = make_optimizers(model, loop)
+    for optimizer, optimizer_state in zip(optimizers, state.pop("optimizers", []), strict=False):
+        optimizer.load_state_dict(optimizer_state)
+    train(loop, task, optimizers, state, device, dtype)
+    report(task, state["before"], measure(task, checked, pretraining, device, dtype), loop.out_dir)
+    if cfg.merge:
+        merged = Path(loop.out_dir) / "merged"
+        merge_lora(model).save_pretrained(merged)
+        tokenizer.save(merged)
+
+
+if __name__ == "__main__":
+    run(main, LoraConfig, TrainConfig)
