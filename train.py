@@ -10,6 +10,7 @@ Writes out/<run>/: last/ and best/ (model directories that transformers opens), 
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -136,15 +137,19 @@ class Rows:
         return torch.from_numpy(x[:, :-1].copy()), torch.from_numpy(y)
 
 
+@functools.lru_cache(maxsize=2)
+def order_of_epoch(count, seed, epoch):
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
 def deal(count, size, seed, step):
     """The `size` of `count` things that update `step` takes, a function of (seed, step) alone: every epoch takes each
     once, in an order of its own."""
     numbers = np.arange(step * size, (step + 1) * size)
     taken = np.empty(size, dtype=np.int64)
     for epoch in np.unique(numbers // count):
-        order = np.random.default_rng((seed, epoch)).permutation(count)
         here = numbers // count == epoch
-        taken[here] = order[numbers[here] % count]
+        taken[here] = order_of_epoch(count, seed, int(epoch))[numbers[here] % count]
     return taken
 
 
@@ -305,7 +310,7 @@ class Pretraining:
         """A validation loss -> (what the log keeps of it, a line to print)."""
         bpb = bits_per_byte(loss, self.meta["val"])
         against_floor = f" ({bpb / self.floor:.3f} x the entropy floor of {self.floor:.4f})" if self.floor else ""
-        line = f"val loss {loss:.4f}, perplexity {math.exp(loss):.2f}, {bpb:.4f} bits per byte{against_floor}"
+        line = f"val loss {loss:.4f}, perplexity {math.exp(min(loss, 99)):.2f}, {bpb:.4f} bits per byte{against_floor}"
         return {"val_loss": loss, "val_bpb": bpb}, line
 
     def sample(self):

@@ -14,9 +14,7 @@ from transformers import AutoTokenizer
 import prepare
 from prepare import END_OF_TEXT, Tokenizer, encode, is_held_out, spec_of_tiktoken, train_bpe
 
-STORY = (
-    "Once upon a time, there was a fox. It said: 'I'll go!'\n\nÜber naïve café, 1234567 Ωmega \t  spaces   — 你好 🦊"
-)
+STORY = "Once upon a time, there was a fox. It said: 'I'll go!'\n\nÜber naïve café 12345 Ω \t a  — 你好 🦊"
 
 
 def trained(size=400):

@@ -231,7 +231,8 @@ def test_what_a_run_writes(project):
     # no prefix of a compiled model in a checkpoint (nanoGPT 325)
     from safetensors import safe_open
 
-    assert all(k.startswith("model.") for k in safe_open(run / "best" / "model.safetensors", "pt").keys())  # noqa: SIM118
+    names = list(safe_open(run / "best" / "model.safetensors", "pt").keys())
+    assert names and all(name.startswith("model.") for name in names)
 
 
 def test_transformers_opens_a_checkpoint_and_writes_the_same(project):
@@ -271,11 +272,11 @@ def test_a_new_run_moves_an_old_one_aside(project):
 def test_best_is_the_best_not_the_last(project):
     """nanoGPT overwrites its best loss by a worse one when it keeps every checkpoint."""
     run, _ = pretrain(
-        project, "diverging", "--max_iters=10", "--learning_rate=0.3", "--grad_clip=0", "--warmup_iters=0"
+        project, "diverging", "--max_iters=10", "--optimizer=adamw", "--learning_rate=3", "--warmup_iters=0"
     )
     evals = [e for e in read_log(run / "log.jsonl") if e["event"] == "eval"]
     losses = [e["val_loss"] for e in evals]
-    assert losses.index(min(losses)) < len(losses) - 1, "the run was to get worse"
+    assert min(losses[1:]) > losses[0], "the run was to get worse"
     assert [e["best_val_loss"] for e in evals] == np.minimum.accumulate(losses).tolist()
     printed = run_script(
         project, "train.py", "--dataset=fables", f"--init_from={run}/best", *TINY, "--eval_only=True"
