@@ -8,10 +8,10 @@
 dataset = "tinystories"
 out_dir = "out/tinystories-270m"
 
-# 32 rows x 1,024 tokens x 8 micro-batches = 262,144 tokens an update. TinyStories has about 470M tokens, dealt into
-# rows that begin with a story, so 6,000 updates = 1.57G tokens are about 3 epochs. "150k iterations" of other projects
-# are micro-batches, 4,687 updates; one iteration here is one update. Too little memory: halve batch_size, double
-# gradient_accumulation_steps.
+# 32 rows x 1,024 tokens x 8 micro-batches = 262,144 tokens an update. TinyStories has about 470M tokens (as published;
+# the plan at the start counts them), so 6,000 updates = 1.57G tokens are about 3 epochs. "150k iterations" of other
+# projects are micro-batches, 4,687 updates; one iteration here is one update. Too little memory: halve batch_size,
+# double gradient_accumulation_steps. Not yet measured on a GPU.
 batch_size = 32
 block_size = 1024  # twice the window of 512, so sliding layers do slide
 gradient_accumulation_steps = 8

@@ -17,7 +17,8 @@ head_dim = 64
 sliding_window = 128
 max_position_embeddings = 2048
 
-# 128 rows x 256 tokens x 2 micro-batches = 65,536 tokens an update; 25,000 updates = 1.64G tokens
+# 128 rows x 256 tokens x 2 micro-batches = 65,536 tokens an update; 25,000 updates = 1.64G tokens, about 3.5
+# epochs (the plan at the start has the exact number). Not yet measured on any hardware.
 batch_size = 128
 block_size = 256
 gradient_accumulation_steps = 2

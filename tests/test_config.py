@@ -93,7 +93,7 @@ def test_mistakes_in_files(tmp_path, text, message):
         settings(str(file))
 
 
-@pytest.mark.parametrize("script", ["prepare.py", "train.py", "sample.py"])
+@pytest.mark.parametrize("script", ["prepare.py", "train.py", "lora.py", "sample.py"])
 def test_help_describes_every_field(script):
     text = run_script(HOME, script, "--help").stdout
     for line in text.splitlines():
