@@ -547,6 +547,8 @@ def start_system(loop):
     """The device and dtype to train with, and the settings as they stand on this machine."""
     device = pick_device(loop.device)
     torch.set_float32_matmul_precision("high")
+    if device.type == "cpu":  # else compiled code adds up the embedding's gradient in whatever order threads finish
+        torch.use_deterministic_algorithms(True)
     if loop.compile and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
         print("no C++ compiler here: going on without torch.compile")
         loop = replace(loop, compile=False)

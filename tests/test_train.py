@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import math
 import os
@@ -177,9 +178,9 @@ def test_accumulation_weighs_targets_not_micro_batches(project):
 # whole runs
 
 
-@pytest.mark.parametrize("args", [[], ["--optimizer=adamw", "--dtype=float32", "--dropout=0.1"]])
+@pytest.mark.parametrize("args", [["--compile=True"], [], ["--optimizer=adamw", "--dtype=float32", "--dropout=0.1"]])
 def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(project, args):
-    name = f"resume{len(args)}"
+    name = f"resume{len(args)}"  # compiled code once added up the embedding's gradient in the order threads finished
     whole, _ = pretrain(project, f"{name}-whole", "--max_iters=12", *args)
     halves, _ = pretrain(project, f"{name}-halves", "--max_iters=12", *args)
     # as if killed during update 8: the checkpoint is of update 5, the log went on
@@ -342,3 +343,11 @@ def test_newest_dataset_of_a_name(project, monkeypatch, capsys):
 )
 def test_mistakes_end_in_one_line(project, args, message):
     assert message in fails(project, "train.py", "--dataset=fables", *TINY, *args)
+
+
+@pytest.mark.parametrize("mirror", ["wandb", "tensorboard"])
+def test_a_mirror_that_is_not_installed_says_how_to_get_it(project, mirror):
+    if importlib.util.find_spec(mirror):
+        pytest.skip(f"{mirror} is installed here")
+    flags = ["--dataset=fables", f"--out_dir=out/{mirror}", *TINY, f"--{mirror}=True"]
+    assert f"pip install {mirror}" in fails(project, "train.py", *flags)
