@@ -180,7 +180,8 @@ def test_accumulation_weighs_targets_not_micro_batches(project):
 
 @pytest.mark.parametrize("args", [["--compile=True"], [], ["--optimizer=adamw", "--dtype=float32", "--dropout=0.1"]])
 def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(project, args):
-    name = f"resume{len(args)}"  # compiled code once added up the embedding's gradient in the order threads finished
+    """Compiled code once added up the embedding's gradient in whatever order threads finished, and was not exact."""
+    name = f"resume{len(args)}"
     whole, _ = pretrain(project, f"{name}-whole", "--max_iters=12", *args)
     halves, _ = pretrain(project, f"{name}-halves", "--max_iters=12", *args)
     # as if killed during update 8: the checkpoint is of update 5, the log went on
