@@ -23,7 +23,7 @@ from config import UserError, run
 from prepare import (
     TEMPLATES,
     Tokenizer,
-    encode_prompt,
+    encode_conversation,
     end_of_response,
     is_held_out,
     read_records,
@@ -181,9 +181,11 @@ class LoraConfig:
     max_records: int = 0  # use so many records; 0: all (fables: 12,000)
     max_length: int = 512  # tokens of prompt and response; longer prompts lose their beginning
     max_tokens_per_batch: int = 4096  # padding included; records of like length share a batch
+    batch_size: int = 0  # records per batch at most; 0: as many as the tokens allow
     val_fraction: float = 0.05  # share of the records held out
     num_checked: int = 200  # held-out fable instructions answered and checked, before and after
     forgetting: str = ""  # a prepared dataset to measure bits per byte on, before and after, as fables
+    forgetting_block_size: int = 512  # in rows of so many tokens; best those that the model was trained on
     num_samples: int = 4  # answers shown before and after
     top_k: int = 5  # for those answers
     merge: bool = False  # at the end also save the merged model, to out_dir/merged
@@ -191,7 +193,8 @@ class LoraConfig:
     def __post_init__(self):
         if self.template not in TEMPLATES:
             raise ValueError(f"template={self.template!r} must be one of {', '.join(TEMPLATES)}")
-        for key, low in (("rank", 0), ("max_length", 2), ("max_tokens_per_batch", self.max_length)):
+        lowest = {"rank": 0, "max_length": 2, "max_tokens_per_batch": self.max_length, "batch_size": 0}
+        for key, low in {**lowest, "forgetting_block_size": 1}.items():
             if getattr(self, key) < low:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least {low}")
         if self.epochs <= 0 or self.alpha <= 0 or not 0 < self.val_fraction < 1:
@@ -214,42 +217,43 @@ class Tuning:
                 raise UserError(f"--data={cfg.data}: no {name} record has a response within {cfg.max_length} tokens")
         self.train_batches, self.val_batches = self.group(self.train_set), self.group(self.val_set)
 
-    def encode_all(self, records):
-        """Records -> [(prompt ids, response ids)], the response ending in its end token, and the records they are of.
-        Too long ones lose the beginning of their prompt; where the response alone is too long, or empty, the record
-        is dropped."""
-        encoded, kept = [], []
-        for turns in records:
-            response = [*map(int, self.tokenizer.encode(turns[-1][2])), self.end]
-            room = self.cfg.max_length - len(response)
-            if room < 1 or len(response) == 1:
+    def encode_all(self, conversations):
+        """Conversations -> [(ids, is_response)], and those kept. Too long ones lose their beginning; where the last
+        response alone is too long, or empty, the conversation is dropped."""
+        encoded, kept, limit = [], [], self.cfg.max_length
+        for turns in conversations:
+            ids, is_response = encode_conversation(self.tokenizer, turns, self.cfg.template)
+            length = is_response[::-1].index(False)  # of the last response
+            if length == 1 or length >= limit:
                 self.dropped += 1
                 continue
-            encoded.append((encode_prompt(self.tokenizer, turns, self.cfg.template)[-room:], response))
+            ids, is_response = ids[-limit:], is_response[-limit:]
+            whole = is_response.index(False)  # a response that lost its beginning is nothing to learn
+            encoded.append((torch.tensor(ids), torch.tensor([False] * whole + is_response[whole:])))
             kept.append(turns)
         return encoded, kept
 
     def group(self, encoded):
         """Batches, as lists of record numbers: records of like length together, within max_tokens_per_batch."""
-        lengths = np.array([len(prompt) + len(response) for prompt, response in encoded])
+        lengths = np.array([len(ids) for ids, _ in encoded])
         batches, batch = [], []
         for i in np.argsort(lengths, kind="stable"):
-            if batch and (len(batch) + 1) * lengths[i] > self.cfg.max_tokens_per_batch:  # the longest comes last
+            tokens = (len(batch) + 1) * lengths[i]  # the longest comes last
+            if batch and (tokens > self.cfg.max_tokens_per_batch or len(batch) == self.cfg.batch_size):
                 batches.append(batch)
                 batch = []
             batch.append(int(i))
         return [*batches, batch]
 
     def collate(self, encoded, batch):
-        """Inputs and targets (B, T): targets are the response's tokens, the rest is -100."""
-        T = max(len(prompt) + len(response) for prompt, response in (encoded[i] for i in batch)) - 1
+        """Inputs and targets (B, T): targets are the responses' tokens, the rest is -100."""
+        T = max(len(encoded[i][0]) for i in batch) - 1
         x = torch.full((len(batch), T), self.tokenizer.eot)
         y = torch.full((len(batch), T), -100)
         for row, i in enumerate(batch):
-            prompt, response = encoded[i]
-            ids = torch.tensor(prompt + response)
+            ids, is_response = encoded[i]
             x[row, : len(ids) - 1] = ids[:-1]
-            y[row, len(prompt) - 1 : len(ids) - 1] = ids[len(prompt) :]
+            y[row, : len(ids) - 1] = torch.where(is_response, ids, -100)[1:]
         return x, y
 
     def updates(self, step):
@@ -262,24 +266,27 @@ class Tuning:
 
     def padding(self):
         """Share of the training batches that is padding."""
-        lengths = [[sum(map(len, self.train_set[i])) for i in batch] for batch in self.train_batches]
+        lengths = [[len(self.train_set[i][0]) for i in batch] for batch in self.train_batches]
         return 1 - sum(map(sum, lengths)) / sum(len(batch) * max(batch) for batch in lengths)
 
     def describe(self, loss):
         results = {"val_loss": loss, "val_perplexity": math.exp(loss)}
         return results, f"response loss {loss:.4f}, perplexity {math.exp(loss):.3f} on held-out records"
 
-    def answer(self, prompt, max_new_tokens, **how):
-        ids = torch.tensor([prompt], device=self.model.device)
-        stops = [self.end, self.tokenizer.eot]
-        made = [t.item() for t in self.model.generate(ids, max_new_tokens, stop_ids=stops, **how)]
+    def answer(self, turns, max_new_tokens, **how):
+        """The model's own last response to a conversation."""
+        (instruction, context, _), history = turns[-1], turns[:-1]
+        ids, _ = encode_conversation(self.tokenizer, [*history, (instruction, context, None)], self.cfg.template)
+        room = self.model.config.max_position_embeddings - max_new_tokens
+        prompt, stops = torch.tensor([ids[-room:]], device=self.model.device), [self.end, self.tokenizer.eot]
+        made = [t.item() for t in self.model.generate(prompt, max_new_tokens, stop_ids=stops, **how)]
         return self.tokenizer.decode([t for t in made if t not in stops]).strip()
 
     def sample(self):
         """The first held-out instruction, and the answer to it as the model stands."""
-        instruction, context, _ = self.val_records[0][-1]
-        answer = self.answer(self.val_set[0][0], self.loop.sample_tokens, top_k=self.cfg.top_k, seed=self.loop.seed)
-        return f"{instruction} {context}\n  -> {answer}"
+        turns = self.val_records[0]
+        answer = self.answer(turns, self.loop.sample_tokens, top_k=self.cfg.top_k, seed=self.loop.seed)
+        return f"{turns[-1][0]} {turns[-1][1]}\n  -> {answer}"
 
     def write_model(self, path):
         if self.cfg.rank:
@@ -295,24 +302,26 @@ class Tuning:
 def open_records(cfg, loop):
     """The instruction data: (training conversations, held-out conversations, held-out fable records to check)."""
     if cfg.data == "fables":
-        from data import fable_grammar
+        from data.fable_grammar import TASKS, conversation
 
-        def conversation(record):
-            return [(record["instruction"], record["input"], record["output"])]
+        def told(turns):
+            return [(turn["instruction"], turn["input"], turn["output"]) for turn in turns]
 
-        count = cfg.max_records or 12_000
-        held_out = [
-            fable_grammar.instruction(f"{loop.seed}/held out/{i}", held_out=True) for i in range(cfg.num_checked)
+        checked = [
+            conversation(f"{loop.seed}/held out/{i}", TASKS[i % len(TASKS)], held_out=True)[0]
+            for i in range(cfg.num_checked)
         ]
-        records = (fable_grammar.instruction(f"{loop.seed}/{i}") for i in range(count))
-        return [conversation(record) for record in records], [conversation(record) for record in held_out], held_out
+        tasks = [*TASKS, "tell", "tell", "rewrite"]  # whole fables take the most learning
+        count = cfg.max_records or 12_000
+        train_records = [told(conversation(f"{loop.seed}/{i}", tasks[i % len(tasks)])) for i in range(count)]
+        return train_records, [told([turn]) for turn in checked], checked
     train_records, val_records = [], []
     for i, record in enumerate(read_records(cfg.data)):
         if cfg.max_records and i >= cfg.max_records:
             break
-        for turns in read_turns(record, cfg.data):
-            held_out = is_held_out(json.dumps(turns), cfg.val_fraction)
-            (val_records if held_out else train_records).append(turns)
+        turns = read_turns(record, cfg.data)
+        held_out = is_held_out(json.dumps(turns), cfg.val_fraction)
+        (val_records if held_out else train_records).append(turns)
     return train_records, val_records, []
 
 
@@ -323,21 +332,22 @@ def measure(task, checked, pretraining, device, dtype):
     results["response perplexity"] = math.exp(results["response loss"])
     model.eval()
     if checked:
-        from data import fable_grammar
+        from data.fable_grammar import follows
 
         followed = {}
-        for record, (prompt, response) in zip(checked, task.val_set, strict=True):
-            answer = task.answer(prompt, len(response) + 20, temperature=0)
-            followed.setdefault(record["task"], []).append(fable_grammar.follows(record, answer))
+        for turn, turns in zip(checked, task.val_records, strict=True):
+            enough = 2 * len(task.tokenizer.encode(turn["output"])) + 20
+            answer = task.answer(turns, enough, temperature=0)
+            followed.setdefault(turn["task"], []).append(follows(turn, answer))
         for name, outcomes in sorted(followed.items()):
             results[f"followed: {name}"] = sum(outcomes) / len(outcomes)
         results["followed: all"] = sum(map(sum, followed.values())) / len(checked)
     if pretraining:
         loss = evaluate(model, pretraining.validation(), device, dtype)
         results["bits per byte on plain text"] = pretraining.describe(loss)[0]["val_bpb"]
-    shown = list(zip(task.val_records, task.val_set, strict=False))[: task.cfg.num_samples]
     how = {"top_k": task.cfg.top_k, "seed": task.loop.seed}
-    answers = [(turns[-1], task.answer(prompt, task.loop.sample_tokens, **how)) for turns, (prompt, _) in shown]
+    shown = task.val_records[: task.cfg.num_samples]
+    answers = [(turns[-1], task.answer(turns, task.loop.sample_tokens, **how)) for turns in shown]
     model.train()
     return results, answers
 
@@ -402,7 +412,7 @@ def main(cfg, loop):
         path, meta, its_tokenizer = open_dataset(cfg.forgetting)
         if its_tokenizer.spec["model"] != tokenizer.spec["model"]:
             raise UserError(f"--forgetting={cfg.forgetting}: prepared with another tokenizer than {base_model} has")
-        text_cfg = PretrainConfig(block_size=min(cfg.max_length, model.config.max_position_embeddings))
+        text_cfg = PretrainConfig(block_size=min(cfg.forgetting_block_size, model.config.max_position_embeddings))
         pretraining = Pretraining(text_cfg, loop, model, tokenizer, path, meta)
     if loop.init_from != "resume":  # what the report compares with must survive an interruption
         state |= {"base_model": str(base_model), "before": measure(task, checked, pretraining, device, dtype)}

@@ -62,6 +62,9 @@ class Tokenizer:
                 f"the tokenizer has no end-of-text token: none of {', '.join(usual[1:])} is in added_tokens"
             )
         self.eot = special[self.eot_token]
+        begins = [name for name in ("<bos>", "<s>", "<|begin_of_text|>") if name in special]
+        self.bos_token = begins[0] if begins else self.eot_token
+        self.bos = special[self.bos_token]  # what a text begins after
         self.special_ids = set(special.values())
         self.vocab_size = 1 + max([*spec["model"]["vocab"].values(), *special.values()])
         self.bpe = byte_level_bpe(spec, special)
@@ -86,7 +89,7 @@ class Tokenizer:
     def save(self, path):
         """Write the files that transformers' AutoTokenizer opens: tokenizer.json and tokenizer_config.json."""
         (path / "tokenizer.json").write_text(json.dumps(self.spec, ensure_ascii=False), encoding="utf-8")
-        names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), self.eot_token)
+        names = {"bos_token": self.bos_token, "eos_token": self.eot_token, "pad_token": self.eot_token}
         about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
         (path / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
 
@@ -321,7 +324,7 @@ def is_held_out(text, fraction):
 # ----------------------------------------------------------------------------------------------------------------------
 # instruction records
 
-# what stands around a turn: before and after the instruction, with and without an input; and what ends a response
+# what stands around a turn, with and without an input
 TEMPLATES = {
     "alpaca": {
         "with_input": "Below is an instruction that describes a task, paired with an input that provides further "
@@ -329,66 +332,70 @@ TEMPLATES = {
         "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
         "without": "Below is an instruction that describes a task. Write a response that appropriately completes the "
         "request.\n\n### Instruction:\n{instruction}\n\n### Response:\n",
-        "end": "\n\n",
     },
     "short": {
         "with_input": "Input: {input}\nInstruction: {instruction}\nResponse: ",
         "without": "Instruction: {instruction}\nResponse: ",
-        "end": "\n",
     },
     "gemma": {
         "with_input": "<start_of_turn>user\n{instruction}\n\n{input}<end_of_turn>\n<start_of_turn>model\n",
         "without": "<start_of_turn>user\n{instruction}<end_of_turn>\n<start_of_turn>model\n",
-        "end": "<end_of_turn>\n",
     },
 }
 
 
-def encode_prompt(tokenizer, turns, template):
-    """Token ids of a conversation up to the response to come. turns: [(instruction, input, response), ...], the last
-    response not read. Training and sampling both go through here, so their prompts can't differ."""
-    ids, form = [tokenizer.eot], TEMPLATES[template]
+def encode_conversation(tokenizer, turns, template):
+    """Token ids of a conversation, and for each whether it belongs to a response, its end included.
+
+    turns: [(instruction, input, response), ...]; a response of None is still to come. Training and sampling both go
+    through here, so their prompts can't differ."""
+    ids, is_response = [tokenizer.bos], [False]
+
+    def add(text, markers=False, response=False):
+        ids.extend(map(int, tokenizer.encode(text, markers)))
+        is_response.extend([response] * (len(ids) - len(is_response)))
+
+    end = end_of_response(tokenizer, template)
     for i, (instruction, context, response) in enumerate(turns):
+        if i and end != tokenizer.eot:  # Gemma's turns stand on lines of their own
+            add("\n")
         fill = {"{instruction}": instruction, "{input}": context}
-        for piece in re.split(r"({instruction}|{input})", form["with_input" if context else "without"]):
-            ids += map(int, tokenizer.encode(fill.get(piece, piece), markers=piece not in fill))
-        if i < len(turns) - 1:
-            ids += [*map(int, tokenizer.encode(response)), *map(int, tokenizer.encode(form["end"], markers=True))]
-    return ids
+        for piece in re.split(r"({instruction}|{input})", TEMPLATES[template]["with_input" if context else "without"]):
+            add(fill.get(piece, piece), markers=piece not in fill)
+        if response is not None:
+            add(response, response=True)
+            ids.append(end)
+            is_response.append(True)
+    return ids, is_response
 
 
 def end_of_response(tokenizer, template):
-    """The token that ends a response: Gemma's end of turn where the template and the tokenizer have it, else
-    end-of-text."""
-    marker = tokenizer.encode(TEMPLATES[template]["end"].strip(), markers=True)
-    return int(marker[0]) if len(marker) == 1 and int(marker[0]) in tokenizer.special_ids else tokenizer.eot
+    """The token that ends a response: Gemma's end of turn where template and tokenizer have it, else end-of-text."""
+    marker = tokenizer.encode("<end_of_turn>", markers=True)
+    is_special = len(marker) == 1 and int(marker[0]) in tokenizer.special_ids
+    return int(marker[0]) if template == "gemma" and is_special else tokenizer.eot
 
 
 def read_turns(record, source):
-    """The conversations in a record of any usual shape: a list of [(instruction, input, response), ...], one for each
-    response to learn."""
+    """The conversation in a record of any usual shape: [(instruction, input, response), ...]."""
     messages = record.get("messages") or record.get("conversations")
     if messages:
-        turns, system, user = [], "", ""
-        conversations = []
+        turns, asked = [], []  # asked: what has been said since the last response, a system message included
         for message in messages:
-            role = message.get("role", message.get("from"))
             text = message.get("content", message.get("value"))
-            if role == "system":
-                system = text + "\n\n"
-            elif role in ("user", "human"):
-                user, system = system + text, ""
+            if message.get("role", message.get("from")) in ("assistant", "gpt", "model"):
+                turns.append(("\n\n".join(asked), "", text))
+                asked = []
             else:
-                turns = [*turns, (user, "", text)]
-                conversations.append(turns)
-        return conversations
+                asked.append(text)
+        return turns
     for asks, context, answers in (
         ("instruction", "input", "output"),
         ("instruction", "context", "response"),
         ("prompt", "input", "completion"),
     ):
         if asks in record and answers in record:
-            return [[(record[asks], record.get(context) or "", record[answers])]]
+            return [(record[asks], record.get(context) or "", record[answers])]
     raise UserError(
         f"{source}: a record has {', '.join(record)}; known are instruction/input/output, "
         "instruction/context/response, prompt/completion and messages"

@@ -18,7 +18,7 @@ import torch
 
 from config import UserError, run
 from lora import load_adapter
-from prepare import Tokenizer, encode_prompt, end_of_response
+from prepare import Tokenizer, encode_conversation, end_of_response
 from train import open_model, pick_device, pick_dtype, whole_checkpoint
 
 
@@ -129,23 +129,23 @@ def main(cfg):
     print(f"[{path}{f' with {adapter}' if adapter else ''}]\n")
 
     def continue_text(text):
-        ids = [tokenizer.eot, *map(int, tokenizer.encode(text))]  # documents begin after an end-of-text token
+        ids = [tokenizer.bos, *map(int, tokenizer.encode(text))]
         return write(model, tokenizer, text, ids, stops, cfg)
 
     def answer(turns):
-        ids = encode_prompt(tokenizer, turns, template)
+        ids, _ = encode_conversation(tokenizer, turns, template)
         return write(model, tokenizer, "", ids, [end_of_response(tokenizer, template), *stops], cfg)
 
     if cfg.compare:
         print("base:\n")
-        answer([(cfg.instruct, cfg.input, "")])
+        answer([(cfg.instruct, cfg.input, None)])
         print("tuned:\n")
     if adapter:
         open_adapter(model, adapter).to(pick_dtype(cfg.dtype, device)).eval()
     if cfg.interactive:
         return converse(continue_text, answer, chat=bool(adapter))
     if cfg.instruct:
-        answer([(cfg.instruct, cfg.input, "")])
+        answer([(cfg.instruct, cfg.input, None)])
     else:
         continue_text(read_start(cfg.start))
 
@@ -169,7 +169,7 @@ def converse(continue_text, answer, chat):
             return print()
         try:
             if chat:
-                turns = [*turns, (line, "", "")]
+                turns = [*turns, (line, "", None)]
                 turns[-1] = (line, "", answer(turns).strip())
             else:
                 continue_text(line)

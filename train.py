@@ -315,7 +315,7 @@ class Pretraining:
 
     def sample(self):
         """A short story for the eye, the same draw at every evaluation."""
-        ids = [self.tokenizer.eot, *map(int, self.tokenizer.encode(self.cfg.sample_prompt))]
+        ids = [self.tokenizer.bos, *map(int, self.tokenizer.encode(self.cfg.sample_prompt))]
         prompt, stops = torch.tensor([ids], device=self.model.device), [self.tokenizer.eot]
         made = self.model.generate(prompt, self.loop.sample_tokens, 0.8, stop_ids=stops, seed=self.loop.seed)
         return self.cfg.sample_prompt + self.tokenizer.decode([token.item() for token in made])

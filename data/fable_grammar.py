@@ -106,13 +106,14 @@ def expand(node, slots):
     if key in PRONOUNS:
         slot, he, she = PRONOUNS[key]
         word = he if slots[slot] in POOLS["he"] else she
-    elif name == "plot" and name in slots:
-        return RULES[slots["plot"]], None
+    elif name in ("plot", "does") and "plot" in slots:
+        return RULES[slots["plot"]] if name == "plot" else [PLOTS[slots["plot"]]], None
     elif key in slots:
         word = slots[key]
     elif name in RULES:
         return RULES[name], None
     else:
+        key = "plot" if key == "does" else key  # a plot is drawn where it first matters
         pool = slots["plot"] if key == "lesson" else SLOTS[key]
         taken = [slots.get(other) for other, its in SLOTS.items() if its == pool]
         return [word for word in POOLS[pool] if word not in taken], key
@@ -187,42 +188,61 @@ def is_held_out(kind, plot):
     return zlib.crc32(f"{kind} {plot}".encode()) % 10 == 0
 
 
-def instruction(seed, held_out=False):
-    """An instruction about a fable, with the answer the grammar gives: a dict of task, instruction, input, output, and
-    what `follows` checks an answer by."""
-    rng = random.Random(f"instruction {seed}")
+QUESTIONS = {
+    "friend": ("Who else is in this fable about {hero}?", "Besides {hero} there is {friend} the {fkind}."),
+    "kind": ("What kind of animal is {hero}?", "{Hero} is {a kind}."),
+    "home": ("Where does {hero} live?", "{Hero} lives near {place}."),
+    "lesson": ("What is the lesson of this fable?", "The lesson is: {lesson}."),
+}
+TASKS = ["tell", "rewrite", *QUESTIONS]
+
+
+def conversation(seed, task, held_out=False):
+    """An instruction about a fable and then questions about the same fable, with the answers the grammar gives: a list
+    of turns, each a dict of task, instruction, input, output and what `follows` checks an answer by."""
+    rng = random.Random(f"conversation {seed}")
     kind, plot = rng.choice(POOLS["animal"]), rng.choice(POOLS["plot"])
     while is_held_out(kind, plot) != held_out:
         kind, plot = rng.choice(POOLS["animal"]), rng.choice(POOLS["plot"])
     does, given = say(PLOTS[plot], rng, {"hero": rng.choice(POOLS["name"]), "kind": kind, "plot": plot})
-    text, slots = say(RULES["fable"][0], rng, given)
-    hero, lesson = slots["hero"], slots["lesson"]
-    task = rng.choice(["tell", "friend", "kind", "home", "lesson", "rewrite"])
-    if task == "tell":
+    text, slots = say(RULES["summarized fable" if task == "tell" else "fable"][0], rng, given)
+    questions = rng.sample(list(QUESTIONS), len(QUESTIONS))
+    if task in QUESTIONS:
+        questions = [task, *(other for other in questions if other != task)]
+    elif task == "tell":
+        ask = f"{rng.choice(['Tell', 'Write'])} a fable about {article(kind)} named {slots['hero']} who {does}."
         words = [word for slot, word in given.items() if slot != "plot"]
-        ask = f"{rng.choice(['Tell', 'Write'])} a fable about {article(kind)} named {hero} who {does}."
-        check = {"words": words, "lessons": POOLS[plot]}
-        return {"task": task, "instruction": ask, "input": "", "output": text, **check}
-    new = rng.choice([animal for animal in POOLS["animal"] if animal not in slots.values()])
-    ask, answer = {
-        "friend": (f"Who else is in this fable about {hero}?", f"{slots['friend']} the {slots['fkind']}."),
-        "kind": (f"What kind of animal is {hero}?", f"{article(kind).capitalize()}."),
-        "home": (f"Where does {hero} live?", f"Near {slots['place']}."),
-        "lesson": ("What is the lesson of this fable?", f"{lesson[0].upper()}{lesson[1:]}."),
-        "rewrite": (f"Rewrite this fable with {article(new)}.", re.sub(rf"\b{kind}\b", new, text)),
-    }[task]
-    return {"task": task, "instruction": ask, "input": text, "output": answer}
+        first = {"instruction": ask, "input": "", "output": text, "words": words, "not": []}
+    else:
+        new = rng.choice([animal for animal in POOLS["animal"] if animal not in slots.values()])
+        retold = text
+        while kind in words_of(retold):  # as one of the guests, say
+            retold, _ = say(RULES["summarized fable"][0], rng, {**slots, "kind": new})
+        words = [new, *(slots[slot] for slot in ("hero", "friend", "fkind", "place"))]
+        ask = f"Rewrite this fable with {article(new)}."
+        first = {"instruction": ask, "input": text, "output": retold, "words": words, "not": [kind]}
+        questions = []  # two fables are long enough
+    turns = [] if task in QUESTIONS else [{**first, "task": task, "lessons": POOLS[plot]}]
+    for question in questions:
+        ask, answer = (say(parse(said), rng, slots)[0] for said in QUESTIONS[question])
+        context = "" if turns else text  # after the first turn, it is known what the talk is about
+        turns.append({"task": question, "instruction": ask, "input": context, "output": answer})
+    return turns
 
 
-def follows(record, answer):
-    """Whether an answer does what an instruction asks. A question or a rewriting has one right answer; a fable has to
-    use the words asked for, name its hero and one other, and end in a lesson of the plot."""
-    if "words" not in record:
-        return answer.strip() == record["output"]
-    words = set(re.findall(r"\w+", answer))
-    lessons = [lesson for lesson in record["lessons"] if lesson in answer or lesson[1:] in answer]
-    asked = all(words.issuperset(word.split()) for word in record["words"])
-    return asked and bool(lessons) and len(words & set(POOLS["name"])) == 2
+def words_of(text):
+    return set(re.findall(r"\w+", text))
+
+
+def follows(turn, answer):
+    """Whether an answer does what an instruction asks. A question has one right answer; a fable has to use the words
+    asked for, name two animals, and end in a lesson of the plot; one told anew must not name the old animal."""
+    if "words" not in turn:
+        return answer.strip() == turn["output"]
+    words = words_of(answer)
+    asked = all(words.issuperset(word.split()) for word in turn["words"]) and words.isdisjoint(turn["not"])
+    lesson = any(lesson in answer or lesson[1:] in answer for lesson in turn["lessons"])
+    return asked and lesson and len(words & set(POOLS["name"])) == 2
 
 
 if __name__ == "__main__":

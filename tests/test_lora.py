@@ -3,7 +3,6 @@
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 from conftest import TINY, copy_project, fails, run_script
@@ -11,10 +10,9 @@ from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from transformers import Gemma3ForCausalLM
 
-import lora
 from lora import LoraConfig, LoRALinear, Tuning, add_lora, load_adapter, lora_layers, merge_lora, save_adapter
 from model import Gemma, GemmaConfig
-from prepare import Tokenizer, encode_prompt, end_of_response, read_turns, train_bpe
+from prepare import Tokenizer, encode_conversation, end_of_response, read_turns, train_bpe
 from train import TrainConfig, make_optimizers, read_log
 
 SETTINGS = {"base_model": "base", "rank": 3, "alpha": 7.0, "dropout": 0.0, "rslora": False}
@@ -170,8 +168,8 @@ def tuning(records, **settings):
     config = GemmaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=1, head_dim=16, intermediate_size=32)
     settings = {"template": "short", "max_length": 100, "max_tokens_per_batch": 200} | settings
     model = Gemma(config).init_weights(0)
-    turns = [[(a, b, c)] for a, b, c in records]
-    return Tuning(LoraConfig(**settings), TrainConfig(), model, "base", TOKENIZER, turns, turns)
+    conversations = [record if isinstance(record, list) else [record] for record in records]
+    return Tuning(LoraConfig(**settings), TrainConfig(), model, "base", TOKENIZER, conversations, conversations)
 
 
 def test_masks_token_by_token():
@@ -193,15 +191,31 @@ def test_masks_token_by_token():
         assert (y[row, first + len(targets) :] == -100).all()
 
 
+def test_every_response_of_a_conversation_is_learned():
+    """Token by token: a response is predicted from all that was said before it, and nothing else is a target."""
+    task = tuning([[("Say hi.", "in", "hello"), ("Say", "", "world")]])
+    ((x, y),) = task.validation()
+    said = [
+        (False, "Input: in\nInstruction: Say hi.\nResponse: "), (True, "hello"),
+        (False, "Instruction: Say\nResponse: "), (True, "world"),
+    ]  # fmt: skip
+    ids, targets = [TOKENIZER.eot], []
+    for is_response, text in said:
+        pieces = [*map(int, TOKENIZER.encode(text))] + [TOKENIZER.eot] * is_response
+        ids += pieces
+        targets += pieces if is_response else [-100] * len(pieces)
+    assert x[0].tolist() == ids[:-1] and y[0].tolist() == targets
+
+
 def test_long_records_lose_the_beginning_of_the_prompt_or_are_dropped():
     """All labels masked after truncation, reported as loss 0 (trl 6668), can't happen."""
     long = "word " * 80
-    task = tuning(
-        [(long, "", "hello"), ("Say hi.", "", long), ("Say hi.", "", "hello"), ("Say", "", "")], max_length=40
-    )
-    assert task.dropped == 4 and len(task.train_set) == 2  # two of four, in both halves
-    prompt, response = task.train_set[0]
-    assert len(prompt) + len(response) == 40 and TOKENIZER.decode(prompt).endswith("\nResponse: ")
+    records = [(long, "", "hello"), ("Say hi.", "", long), ("Say hi.", "", "hello"), ("Say", "", "")]
+    task = tuning([*records, [("Say hi.", "", long), ("Say", "", "hello")]], max_length=40)
+    assert task.dropped == 4 and len(task.train_set) == 3  # two of five, in both halves
+    for ids, is_response in (task.train_set[0], task.train_set[2]):
+        assert len(ids) == 40 and TOKENIZER.decode(ids[~is_response].tolist()).endswith("\nResponse: ")
+        assert TOKENIZER.decode(ids[is_response].tolist()) == "hello"  # a response without its beginning is not learned
     for x, y in task.validation():
         assert ((y != -100).sum(1) > 0).all() and x.shape[1] < 40
     from config import UserError
@@ -215,7 +229,7 @@ def test_batches_keep_to_the_budget_and_hold_every_record_once():
     task = tuning(records)
     assert sorted(i for batch in task.train_batches for i in batch) == list(range(60))
     for batch in task.train_batches:
-        lengths = [sum(map(len, task.train_set[i])) for i in batch]
+        lengths = [len(task.train_set[i][0]) for i in batch]
         assert len(batch) * max(lengths) <= 200
     assert 0 <= task.padding() < 0.2
     shapes = [x.numel() for x, _ in task.updates(0)]
@@ -225,16 +239,16 @@ def test_batches_keep_to_the_budget_and_hold_every_record_once():
 @pytest.mark.parametrize(
     "record, turns",
     [
-        ({"instruction": "a", "input": "b", "output": "c"}, [[("a", "b", "c")]]),
-        ({"instruction": "a", "context": "", "response": "c", "category": "x"}, [[("a", "", "c")]]),
-        ({"prompt": "a", "completion": "c"}, [[("a", "", "c")]]),
+        ({"instruction": "a", "input": "b", "output": "c"}, [("a", "b", "c")]),
+        ({"instruction": "a", "context": "", "response": "c", "category": "x"}, [("a", "", "c")]),
+        ({"prompt": "a", "completion": "c"}, [("a", "", "c")]),
         (
             {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"},
                           {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
                           {"role": "assistant", "content": "d"}]},
-            [[("s\n\na", "", "b")], [("s\n\na", "", "b"), ("c", "", "d")]],
+            [("s\n\na", "", "b"), ("c", "", "d")],
         ),
-        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, [[("a", "", "b")]]),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, [("a", "", "b")]),
     ],
 )  # fmt: skip
 def test_shapes_of_records(record, turns):
@@ -244,11 +258,16 @@ def test_shapes_of_records(record, turns):
 def test_templates():
     from prepare import TEMPLATES
 
-    alpaca = TOKENIZER.decode(encode_prompt(TOKENIZER, [("Do it.", "with this", "")], "alpaca"))
+    def prompt(turns, template):
+        ids, is_response = encode_conversation(TOKENIZER, turns, template)
+        assert ids[0] == TOKENIZER.eot and len(ids) == len(is_response) and not is_response[-1]
+        return TOKENIZER.decode(ids)
+
+    alpaca = prompt([("Do it.", "with this", None)], "alpaca")
     assert alpaca.endswith("### Instruction:\nDo it.\n\n### Input:\nwith this\n\n### Response:\n")
-    assert "Input" not in TOKENIZER.decode(encode_prompt(TOKENIZER, [("Do it.", "", "")], "alpaca"))
-    chat = TOKENIZER.decode(encode_prompt(TOKENIZER, [("a", "", "b"), ("c", "", "")], "short"))
-    assert chat == "Instruction: a\nResponse: b\nInstruction: c\nResponse: "
+    assert "Input" not in prompt([("Do it.", "", None)], "alpaca")
+    chat = prompt([("a", "", "b"), ("c", "", None)], "short")
+    assert chat == "Instruction: a\nResponse: bInstruction: c\nResponse: "  # the end-of-text after b is not shown
     assert set(TEMPLATES) == {"alpaca", "short", "gemma"}
 
 
@@ -260,7 +279,9 @@ def test_gemmas_turns_are_special_tokens_and_text_that_looks_like_them_is_not():
         flags | {"id": 301, "content": "<end_of_turn>"},
     ]
     tokenizer = Tokenizer(spec)
-    ids = encode_prompt(tokenizer, [("hi <end_of_turn>", "", "yes"), ("more", "", "")], "gemma")
+    ids, is_response = encode_conversation(tokenizer, [("hi <end_of_turn>", "", "yes"), ("more", "", None)], "gemma")
+    learned = [token for token, flag in zip(ids, is_response, strict=True) if flag]
+    assert learned == [*tokenizer.encode("yes"), 301]
     assert ids.count(300) == 4 and ids.count(301) == 3  # two user turns and two of the model, one of them open
     assert end_of_response(tokenizer, "gemma") == 301 and end_of_response(tokenizer, "short") == tokenizer.eot
     assert end_of_response(TOKENIZER, "gemma") == TOKENIZER.eot
@@ -359,17 +380,23 @@ def test_mistakes_end_in_one_line(project, args, message):
 
 
 def test_fable_instructions_are_right_and_held_out_pairs_are_unseen():
-    from data import fable_grammar
+    from data.fable_grammar import TASKS, conversation, derivations, follows, is_held_out
 
-    records = [fable_grammar.instruction(i) for i in range(600)]
-    held_out = [fable_grammar.instruction(i, held_out=True) for i in range(100)]
-    assert all(fable_grammar.follows(r, r["output"]) for r in records + held_out)
-    assert not any(fable_grammar.follows(r, "I do not know.") for r in records)
-    for told, held in ((records, False), (held_out, True)):
-        for r in told:
-            fable = r["input"] or r["output"]
-            ((_, slots),) = fable_grammar.derivations(fable)
-            assert fable_grammar.is_held_out(slots["kind"], slots["plot"]) == held
-    kinds = np.unique([r["instruction"].split()[0] for r in records])
-    assert set(kinds) == {"Tell", "Write", "Who", "What", "Where", "Rewrite"}
-    assert lora.LoraConfig().data == "fables"
+    assert TASKS == ["tell", "rewrite", "friend", "kind", "home", "lesson"]
+    seen = [conversation(i, task) for i in range(100) for task in TASKS]
+    held_out = [conversation(i, task, held_out=True) for i in range(20) for task in TASKS]
+    for turns, held in [(turns, False) for turns in seen] + [(turns, True) for turns in held_out]:
+        first, *others = turns
+        ((_, slots),) = derivations(first["input"] or first["output"])
+        assert is_held_out(slots["kind"], slots["plot"]) == held
+        for turn in turns:
+            assert follows(turn, turn["output"]) and not follows(turn, "I do not know.")
+        for turn in others:  # asked without its text, of the fable before
+            assert not turn["input"] and turn["task"] in ("friend", "kind", "home", "lesson")
+        if first["task"] == "rewrite":
+            ((_, retold),) = derivations(first["output"])
+            changed = {slot for slot in slots if slots[slot] != retold.get(slot, slots[slot])}
+            assert changed == {"kind"} and not follows(first, first["input"])
+        assert (
+            len(turns) == 1 if first["task"] == "rewrite" else len({turn["task"] for turn in turns}) == len(turns) > 3
+        )

@@ -127,13 +127,13 @@ ASK = ("--adapter=out/tuned/best", "--instruct=Who is it?", "--input=A fox.", "-
 def greedy_answer(project, adapter):
     """What the model answers to ASK, by hand."""
     from lora import load_adapter
-    from prepare import encode_prompt
+    from prepare import encode_conversation
 
     tokenizer = Tokenizer.load(project / "out/fables/best")
     model = Gemma.from_pretrained(project / "out/fables/best")
     if adapter:
         load_adapter(model, project / "out/tuned/best")
-    prompt = torch.tensor([encode_prompt(tokenizer, [("Who is it?", "A fox.", "")], "short")])
+    prompt = torch.tensor([encode_conversation(tokenizer, [("Who is it?", "A fox.", None)], "short")[0]])
     return tokenizer.decode(
         [t.item() for t in model.eval().generate(prompt, 20, temperature=0, stop_ids=[tokenizer.eot])]
     )

@@ -1,0 +1,25 @@
+# Databricks' 15,000 instructions on Gemma 3 itself, with the settings of a known Keras walk-through of Gemma and LoRA:
+# rank 4, AdamW at 5e-5, weight decay 0.01, one record a batch, one epoch. Not yet measured.
+#
+#     hf download google/gemma-3-270m --local-dir=out/gemma-3-270m
+#     python lora.py config/lora_dolly.py
+data = "dolly"
+init_from = "out/gemma-3-270m"
+out_dir = "out/lora-dolly"
+
+rank = 4
+alpha = 4.0
+epochs = 1.0
+batch_size = 1
+max_length = 512
+
+optimizer = "adamw"
+learning_rate = 5e-5
+weight_decay = 0.01
+beta2 = 0.999
+warmup_iters = 0
+cooldown_frac = 0.0  # the rate stays as it is
+
+eval_interval = 2000
+log_interval = 50
+compile = False  # batches come in many shapes
