@@ -3,7 +3,7 @@ Instruction-tune a Gemma 3 with LoRA, or all of it (--rank=0). The loop is train
 
     python lora.py config/lora_fables.py                                  # after the quick start
     python lora.py --init_from=out/fables/best --data=records.json --out_dir=out/mine
-    python sample.py --adapter=out/lora-fables/best --instruct="Tell a fable about a fox named Pim who loses a kite."
+    python sample.py --adapter=out/lora-fables/best --instruct="Tell a fable about a cat named Pim who eats too much."
 
 LoRA (Hu et al. 2021) replaces a linear layer W by W + scale * B A, with A (rank, in) and B (out, rank) alone trained. B
 starts at zero, so training starts from the model as it was. Adapters are saved in PEFT's format and open in PEFT.
@@ -218,18 +218,21 @@ class Tuning:
         self.train_batches, self.val_batches = self.group(self.train_set), self.group(self.val_set)
 
     def encode_all(self, conversations):
-        """Conversations -> [(ids, is_response)], and those kept. Too long ones lose their beginning; where the last
+        """Conversations -> [(ids, is_response)], and those kept. Too long ones lose what was said first; where the last
         response alone is too long, or empty, the conversation is dropped."""
         encoded, kept, limit = [], [], self.cfg.max_length
         for turns in conversations:
             ids, is_response = encode_conversation(self.tokenizer, turns, self.cfg.template)
             length = is_response[::-1].index(False)  # of the last response
-            if length == 1 or length >= limit:
+            if not 1 < length < limit:
                 self.dropped += 1
                 continue
-            ids, is_response = ids[-limit:], is_response[-limit:]
-            whole = is_response.index(False)  # a response that lost its beginning is nothing to learn
-            encoded.append((torch.tensor(ids), torch.tensor([False] * whole + is_response[whole:])))
+            if len(ids) > limit:
+                cut = len(ids) - limit + 1  # the first token stays
+                while is_response[cut] and cut < len(ids) - length:  # half a response is nothing to learn
+                    cut += 1
+                ids, is_response = ids[:1] + ids[cut:], is_response[:1] + is_response[cut:]
+            encoded.append((torch.tensor(ids), torch.tensor(is_response)))
             kept.append(turns)
         return encoded, kept
 
@@ -277,8 +280,11 @@ class Tuning:
         """The model's own last response to a conversation."""
         (instruction, context, _), history = turns[-1], turns[:-1]
         ids, _ = encode_conversation(self.tokenizer, [*history, (instruction, context, None)], self.cfg.template)
-        room = self.model.config.max_position_embeddings - max_new_tokens
-        prompt, stops = torch.tensor([ids[-room:]], device=self.model.device), [self.end, self.tokenizer.eot]
+        limit = self.model.config.max_position_embeddings
+        max_new_tokens = min(max_new_tokens, limit // 2)
+        room = limit - max_new_tokens
+        prompt = torch.tensor([ids[:1] + ids[1:][1 - room :]], device=self.model.device)
+        stops = [self.end, self.tokenizer.eot]
         made = [t.item() for t in self.model.generate(prompt, max_new_tokens, stop_ids=stops, **how)]
         return self.tokenizer.decode([t for t in made if t not in stops]).strip()
 

@@ -1,4 +1,4 @@
-"""The README's promise, kept by hand: python -m pytest -m slow tests/test_quick_start.py -s"""
+"""The README's promises for the fables, kept by hand: python -m pytest -m slow tests/test_quick_start.py -s"""
 
 import json
 import re
@@ -14,22 +14,32 @@ from model import Gemma
 from prepare import Tokenizer
 
 
+def timed(project, command, **kwargs):
+    started = time.time()
+    run_script(project, *shlex.split(command), timeout=1200, **kwargs)
+    return (time.time() - started) / 60
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A project in which the README's first command has run, and the minutes that took."""
+    line = next(line for line in (HOME / "README.md").read_text().splitlines() if "config/train_fables.py &&" in line)
+    path = copy_project(tmp_path_factory.mktemp("quick start"))
+    minutes = sum(timed(path, command) for command in re.findall(r"python ((?:prepare|train|sample)\.py[^&]*)", line))
+    return path, minutes
+
+
 @pytest.mark.slow
-def test_the_quick_start_reaches_the_floor_and_tells_consistent_fables(tmp_path):
+def test_the_quick_start_reaches_the_floor_and_tells_consistent_fables(project):
     """Final bits per byte within 10% of the entropy floor; and of 100 sampled fables, how many the grammar could have
     told word for word, and how many name their two characters consistently."""
-    line = next(line for line in (HOME / "README.md").read_text().splitlines() if "config/train_fables.py &&" in line)
-    project = copy_project(tmp_path)
-    started = time.time()
-    for command in re.findall(r"python ((?:prepare|train|sample)\.py[^&]*)", line):
-        run_script(project, *shlex.split(command), timeout=1200)
-    minutes = (time.time() - started) / 60
-    meta = json.loads((project / "data/fables/meta.json").read_text())
-    evals = [e for e in map(json.loads, open(project / "out/fables/log.jsonl")) if e["event"] == "eval"]
+    path, minutes = project
+    meta = json.loads((path / "data/fables/meta.json").read_text())
+    evals = [e for e in map(json.loads, open(path / "out/fables/log.jsonl")) if e["event"] == "eval"]
     ratio = evals[-1]["val_bpb"] / meta["floor_bits_per_byte"]
 
-    model = Gemma.from_pretrained(project / "out/fables/best").eval()
-    tokenizer = Tokenizer.load(project / "out/fables/best")
+    model = Gemma.from_pretrained(path / "out/fables/best").eval()
+    tokenizer = Tokenizer.load(path / "out/fables/best")
     prompt = torch.full((100, 1), tokenizer.eot)
     made = torch.stack(list(model.generate(prompt, 400, 0.8, stop_ids=[tokenizer.eot], seed=1)), 1)
     texts = [tokenizer.decode(row) for row in made.tolist()]
@@ -42,3 +52,20 @@ def test_the_quick_start_reaches_the_floor_and_tells_consistent_fables(tmp_path)
         f"{consistent} keep their two names, {exact} are word for word the grammar's"
     )
     assert ratio < 1.10 and consistent >= 80
+
+
+@pytest.mark.slow
+def test_the_second_chapter_follows_held_out_instructions_and_forgets_little(project):
+    path, _ = project
+    minutes = timed(path, "lora.py config/lora_fables.py")
+    printed = (path / "out/lora-fables/samples.txt").read_text()
+    figures = {
+        name: (float(before), float(after))
+        for name, before, after in re.findall(r"^(.*): ([\d.]+) before, ([\d.]+) after$", printed, re.M)
+    }
+    print(f"\n{minutes:.1f} minutes; {figures}")
+    assert figures["followed: all"][1] >= 0.9 and figures["followed: all"][0] < 0.1
+    before, after = figures["bits per byte on plain text"]
+    assert after < 1.1 * before
+    trained, total = map(int, re.search(r"trained: ([\d,]+) of ([\d,]+)", printed)[0].replace(",", "").split()[1::2])
+    assert trained <= 0.05 * total
