@@ -409,7 +409,7 @@ def main(cfg, loop):
     per_epoch = len(task.train_batches) / loop.gradient_accumulation_steps
     loop = task.loop = replace(loop, max_iters=max(1, round(cfg.epochs * per_epoch)))
     print(f"data: {len(task.train_set):,} records to learn, {len(task.val_set):,} held out, {task.dropped:,} dropped; "
-          f"{len(task.train_batches):,} batches, {task.padding():.1%} of them padding")  # fmt: skip
+          f"{len(task.train_batches):,} batches, {task.padding():.1%} padding")  # fmt: skip
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     print(f"training {trainable:,} of {total:,} parameters, {loop.max_iters:,} updates")
