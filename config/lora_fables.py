@@ -1,4 +1,4 @@
-# Instruction-tune the quick start's model on tasks about fables, on two CPU cores, in about three minutes.
+# Instruction-tune the quick start's model on tasks about fables, on two CPU cores, in three and a half minutes.
 #
 #     python lora.py config/lora_fables.py
 data = "fables"
@@ -12,11 +12,12 @@ template = "short"  # Alpaca's would cost this vocabulary some hundred tokens a 
 rank = 6
 alpha = 12.0
 
+# 5,000 conversations in batches of up to 2,048 tokens: one epoch of about 980 updates, 2.0M tokens
 max_records = 5000
 max_tokens_per_batch = 2048
 
 optimizer = "adamw"
-learning_rate = 8e-3
+learning_rate = 8e-3  # half of it followed 86% of the held-out instructions, this 94% (5,500 conversations, one base)
 warmup_iters = 20
 cooldown_frac = 0.6
 

@@ -10,9 +10,12 @@ one way only (prepare.py insists on it for every fable it holds out); its bits a
 mean over a set of fables, per byte, is the entropy floor below which no model can go.
 
 How fable_grammar.txt is read: `= pool` lists words; `: rule` lists alternatives, each after `- `; `* plot` is a story:
-what its hero does (for instructions), its text, and after `>` its lessons. Inside a text, [a|b] is a choice, {rule} a
-rule, {slot} a word drawn once from its pool and the same ever after, {a slot} the word after its article, and a
-capital letter ({A slot}, {Slot}) makes one in the text.
+what its hero does ({does} in other rules), its text, and after `>` its lessons. Inside a text, [a|b] is a choice,
+{rule} a rule, {slot} a word drawn once from its pool and the same ever after, {a slot} the word after its article, and
+a capital letter ({A slot}, {Slot}) makes one in the text.
+
+    conversation(seed, task)                # an instruction, then questions, about a fable, with their answers
+    follows(turn, answer)                   # whether an answer does what is asked
 """
 
 import math
