@@ -382,7 +382,7 @@ def read_turns(record, source):
     if messages:
         turns, asked = [], []  # asked: what has been said since the last response, a system message included
         for message in messages:
-            text = message.get("content", message.get("value"))
+            text = message.get("content", message.get("value")) or ""
             if message.get("role", message.get("from")) in ("assistant", "gpt", "model"):
                 turns.append(("\n\n".join(asked), "", text))
                 asked = []
@@ -395,7 +395,8 @@ def read_turns(record, source):
         ("prompt", "input", "completion"),
     ):
         if asks in record and answers in record:
-            return [(record[asks], record.get(context) or "", record[answers])]
+            fields = (record.get(name) for name in (asks, context, answers))
+            return [tuple("" if field is None else str(field) for field in fields)]
     raise UserError(
         f"{source}: a record has {', '.join(record)}; known are instruction/input/output, "
         "instruction/context/response, prompt/completion and messages"

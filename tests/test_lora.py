@@ -244,6 +244,8 @@ def test_batches_keep_to_the_budget_and_hold_every_record_once():
         ({"instruction": "a", "input": "b", "output": "c"}, [("a", "b", "c")]),
         ({"instruction": "a", "context": "", "response": "c", "category": "x"}, [("a", "", "c")]),
         ({"prompt": "a", "completion": "c"}, [("a", "", "c")]),
+        ({"instruction": "a", "input": None, "output": None}, [("a", "", "")]),
+        ({"prompt": "1 + 1", "completion": 2}, [("1 + 1", "", "2")]),
         (
             {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"},
                           {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},

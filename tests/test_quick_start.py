@@ -1,4 +1,7 @@
-"""The README's promises for the fables, kept by hand: python -m pytest -m slow tests/test_quick_start.py -s"""
+"""The README's promises for the fables, run by hand (about ten minutes):
+
+python -m pytest -n 0 -m slow -s tests/test_quick_start.py
+"""
 
 import json
 import re
