@@ -13,6 +13,8 @@ SHARED = HOME.parent / "shared"  # development data: tests that read it skip whe
 if (SHARED / "tiktoken-cache").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken-cache"))
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a network
+if "PYTEST_XDIST_WORKER" in os.environ:  # a thread for each worker: two for each would wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
