@@ -23,11 +23,14 @@ from config import UserError, run
 from prepare import (
     TEMPLATES,
     Tokenizer,
+    chat_template,
     encode_conversation,
     end_of_response,
+    hub_directory,
     is_held_out,
     read_records,
     read_turns,
+    template_of,
 )
 from train import (
     PretrainConfig,
@@ -38,6 +41,7 @@ from train import (
     make_optimizers,
     open_dataset,
     open_model,
+    save_checkpoint,
     start_out_dir,
     start_system,
     train,
@@ -171,7 +175,7 @@ class LoraConfig:
     """What instruction tuning alone needs."""
 
     data: str = "fables"  # fables, alpaca, dolly, a Hub id, or a .json, .jsonl or .parquet file of records
-    template: str = "alpaca"  # what stands around an instruction: alpaca, short or gemma
+    template: str = ""  # what stands around an instruction: alpaca, short or gemma; empty: the model's own, or alpaca
     rank: int = 8  # of the adapters; 0: train all weights instead
     alpha: float = 16.0  # adapters count alpha / rank
     targets: str = "all-linear"  # which linear layers, as q_proj,v_proj
@@ -191,7 +195,7 @@ class LoraConfig:
     merge: bool = False  # at the end also save the merged model, to out_dir/merged
 
     def __post_init__(self):
-        if self.template not in TEMPLATES:
+        if self.template and self.template not in TEMPLATES:
             raise ValueError(f"template={self.template!r} must be one of {', '.join(TEMPLATES)}")
         lowest = {"rank": 0, "max_length": 2, "max_tokens_per_batch": self.max_length, "batch_size": 0}
         for key, low in {**lowest, "forgetting_block_size": 1}.items():
@@ -295,11 +299,14 @@ class Tuning:
         return f"{turns[-1][0]} {turns[-1][1]}\n  -> {answer}"
 
     def write_model(self, path):
-        if self.cfg.rank:
+        """The adapter; or the whole model, where all of it was trained or the adapter has been merged."""
+        if lora_layers(self.model):
             cfg = self.cfg
             settings = {"rank": cfg.rank, "alpha": cfg.alpha, "dropout": cfg.lora_dropout, "rslora": cfg.rslora}
             save_adapter(self.model, path, {"base_model": self.base_model, **settings})
         else:
+            ends = sorted({self.tokenizer.eot, self.end})
+            self.model.config.eos_token_id = ends if len(ends) > 1 else self.end
             self.model.save_pretrained(path)
         self.tokenizer.save(path)
         (path / "instruct.json").write_text(json.dumps({"template": self.cfg.template}) + "\n")  # for sample.py
@@ -390,10 +397,14 @@ def main(cfg, loop):
         base_model = state["base_model"] if cfg.rank else last
     else:
         base_model = loop.init_from
-    model = open_model(base_model, device)
+    base_path = hub_directory(base_model)
+    model = open_model(base_path, device)
     if cfg.max_length > (limit := model.config.max_position_embeddings):
         raise UserError(f"max_length={cfg.max_length} exceeds the model's max_position_embeddings={limit}: lower it")
-    tokenizer = Tokenizer.load(base_model)
+    tokenizer = Tokenizer.load(base_path)
+    cfg = replace(cfg, template=cfg.template or template_of(base_path, tokenizer) or "alpaca")
+    if cfg.template != "gemma" or "chat_template" not in tokenizer.config:
+        tokenizer.config["chat_template"] = chat_template(tokenizer, cfg.template)
     torch.manual_seed(loop.seed)  # draws A
     try:
         if loop.init_from == "resume" and cfg.rank:
@@ -429,9 +440,8 @@ def main(cfg, loop):
     train(loop, task, optimizers, state, device, dtype)
     report(task, state["before"], measure(task, checked, pretraining, device, dtype), loop.out_dir)
     if cfg.merge:
-        merged = Path(loop.out_dir) / "merged"
-        merge_lora(model).save_pretrained(merged)
-        tokenizer.save(merged)
+        merge_lora(model)
+        save_checkpoint(Path(loop.out_dir) / "merged", task.write_model)
 
 
 if __name__ == "__main__":

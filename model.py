@@ -22,9 +22,32 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+
+# what holds for every Gemma 3: written into config.json, and checked when one is read
+FIXED = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+    "tie_word_embeddings": True,
+    "use_bidirectional_attention": False,
+}
+# what transformers takes for a setting that a config.json leaves out, as those of the published 4B to 27B do
+LEFT_OUT = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
 
 
 @dataclass
@@ -74,7 +97,14 @@ class GemmaConfig:
 
     @classmethod
     def from_dict(cls, d):
-        """Read the dict of a config.json, old style (rope_theta, rope_scaling) or new (rope_parameters)."""
+        """Read the dict of a config.json, old style (rope_theta, rope_scaling) or new (rope_parameters), of a text
+        model, or of a multimodal one's text part. Raises ValueError for what is no Gemma 3."""
+        if d.get("model_type") not in ("gemma3_text", "gemma3"):
+            raise ValueError(f"model_type {d.get('model_type')!r} is not Gemma 3's ('gemma3_text' or 'gemma3')")
+        d = LEFT_OUT | d | d.get("text_config", {})
+        for key, value in FIXED.items():
+            if d.get(key) not in (None, value):
+                raise ValueError(f"{key}={d[key]!r} is not supported: Gemma 3 has {value!r}")
         rope = d.get("rope_parameters") or {}
         full, sliding = rope.get(FULL) or {}, rope.get(SLIDING) or {}
         full = (d.get("rope_scaling") or {}) | full
@@ -82,6 +112,7 @@ class GemmaConfig:
         if rope_type not in ("default", "linear"):
             raise ValueError(f"rope_type {rope_type!r}: Gemma 3 has 'default' and 'linear' only")
         known = {f.name: d[f.name] for f in fields(cls) if f.name in d}
+        known["sliding_window_pattern"] = d.get("sliding_window_pattern", d.get("_sliding_window_pattern", 6))
         known["rope_theta"] = full.get("rope_theta", d.get("rope_theta", cls.rope_theta))
         known["rope_local_base_freq"] = sliding.get(
             "rope_theta", d.get("rope_local_base_freq", cls.rope_local_base_freq)
@@ -99,19 +130,8 @@ class GemmaConfig:
             SLIDING: {"rope_theta": self.rope_local_base_freq, "rope_type": "default"},
         }
         d["rope_scaling"] = None if factor == 1 else scaling
-        return d | {
-            "architectures": ["Gemma3ForCausalLM"],
-            "model_type": "gemma3_text",
-            "hidden_activation": "gelu_pytorch_tanh",
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "final_logit_softcapping": None,
-            "attn_logit_softcapping": None,
-            "tie_word_embeddings": True,
-            "initializer_range": 0.02,
-            "use_cache": True,
-            "dtype": "float32",
-        }
+        about = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+        return d | FIXED | about | {"attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True}
 
 
 class RMSNorm(nn.Module):
@@ -362,16 +382,31 @@ class Gemma(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=torch.float32, dropout=0.0):
-        """Open a directory that save_pretrained or transformers wrote. A missing or unexpected tensor is an error."""
+        """Open a model directory in the Hugging Face format: ours, or a published Gemma 3, in one file or in shards.
+        Of a multimodal model it takes the text part. Raises ValueError for a missing, unexpected or misshapen tensor,
+        OSError for a missing file."""
         path = Path(path)
         config = GemmaConfig.from_dict(json.loads((path / "config.json").read_text()))
-        with torch.device("meta"):  # no memory, no random numbers: the file brings both
+        if (generation := path / "generation_config.json").exists():  # names all the tokens that end a text
+            config.eos_token_id = json.loads(generation.read_text()).get("eos_token_id", config.eos_token_id)
+        with torch.device("meta"):  # no memory, no random numbers: the files bring both
             model = cls(config, dropout)
-        weights = {name: w.to(dtype) for name, w in load_file(path / "model.safetensors", device=str(device)).items()}
-        try:
-            model.load_state_dict(weights, strict=True, assign=True)
-        except RuntimeError as e:
-            raise ValueError(f"{path}: the weights are not those of the config beside them: {e}") from None
+        shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+        weights = {}
+        for file in weight_files(path):
+            for name, shape in tensor_shapes(file).items():
+                if "vision_tower." in name or "multi_modal_projector." in name:
+                    continue
+                ours = name.replace("language_model.", "", 1)  # the text part's prefix in multimodal checkpoints
+                if shape != shapes.get(ours):
+                    wanted = (
+                        f"the config asks for {list(shapes[ours])}" if ours in shapes else "no such tensor is expected"
+                    )
+                    raise ValueError(f"{file.name}: {name} {list(shape)}: {wanted}")
+                weights[ours] = read_tensor(file, name, device).to(dtype)
+        if missing := [name for name in shapes if name not in weights]:
+            raise ValueError(f"tensors missing: {missing[0]} and {len(missing) - 1} more")
+        model.load_state_dict(weights, assign=True)
         return model.requires_grad_(True)
 
     def save_pretrained(self, path):
@@ -380,10 +415,38 @@ class Gemma(nn.Module):
         path.mkdir(parents=True, exist_ok=True)
         c = self.config
         ids = {"bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id, "pad_token_id": c.pad_token_id}
-        (path / "config.json").write_text(json.dumps(c.to_dict(), indent=2) + "\n")
+        dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
+        (path / "config.json").write_text(json.dumps(c.to_dict() | {"dtype": dtype}, indent=2) + "\n")
         (path / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
         weights = {name: w.detach().contiguous() for name, w in self.state_dict().items()}
         save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def weight_files(path):
+    """The safetensors files of a model directory: one, or the shards that an index lists."""
+    index = path / "model.safetensors.index.json"
+    if (path / "model.safetensors").exists() or not index.exists():
+        return [path / "model.safetensors"]
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    if strange := [name for name in names if Path(name).name != name]:  # an index may come from anyone
+        raise ValueError(f"{index.name}: {strange[0]!r} is not a file in this directory")
+    return [path / name for name in names]
+
+
+def tensor_shapes(file):
+    """{name: shape} of the tensors in a safetensors file."""
+    try:
+        with safe_open(file, framework="pt") as f:
+            return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
+    except SafetensorError as e:
+        raise ValueError(f"{file.name}: {e}") from None
+
+
+def read_tensor(file, name, device):
+    """One tensor of a safetensors file. The file is opened for it alone: while one is open, all that was read from it
+    stays in memory, beside the weights made of it."""
+    with safe_open(file, framework="pt", device=str(device)) as f:
+        return f.get_tensor(name)
 
 
 def sample_token(logits, temperature, top_k=None, top_p=None, min_p=None, generator=None):

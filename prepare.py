@@ -51,46 +51,54 @@ DATA = Path(__file__).parent / "data"
 class Tokenizer:
     """A tokenizer in the Hugging Face format. Text is text: no special token is ever read out of it."""
 
-    def __init__(self, spec, eot_token=None):
-        """spec: the dict of a tokenizer.json. eot_token: the name of its end-of-text token, if not a usual one."""
-        self.spec = spec
-        special = {t["content"]: t["id"] for t in spec["added_tokens"]}
-        usual = [eot_token, END_OF_TEXT, "<eos>", "</s>", "<|end_of_text|>"]
+    def __init__(self, spec, config=None):
+        """spec: the dict of a tokenizer.json. config: of the tokenizer_config.json that came with it, if one did."""
+        self.spec, self.config = spec, config or {}
+        special = {t["content"]: t["id"] for t in spec["added_tokens"] if t["special"]}
+        named = self.config.get("eos_token")
+        usual = [named["content"] if isinstance(named, dict) else named]
+        usual += [END_OF_TEXT, "<eos>", "</s>", "<|end_of_text|>"]
         self.eot_token = next((name for name in usual if name in special), None)
         if self.eot_token is None:
             raise UserError(
                 f"the tokenizer has no end-of-text token: none of {', '.join(usual[1:])} is in added_tokens"
             )
+        self.bos_token = next((t for t in ("<bos>", "<s>", "<|begin_of_text|>") if t in special), self.eot_token)
+        self.pad_token = "<pad>" if "<pad>" in special else self.eot_token
         self.eot = special[self.eot_token]
-        begins = [name for name in ("<bos>", "<s>", "<|begin_of_text|>") if name in special]
-        self.bos_token = begins[0] if begins else self.eot_token
         self.bos = special[self.bos_token]  # what a text begins after
+        self.pad = special[self.pad_token]
         self.special_ids = set(special.values())
-        self.vocab_size = 1 + max([*spec["model"]["vocab"].values(), *special.values()])
+        # ids that a text can have: a tokenizer may name more special tokens than its models have rows for
+        self.vocab_size = 1 + max(*spec["model"]["vocab"].values(), self.eot, self.bos)
         self.bpe = byte_level_bpe(spec, special)
         if self.bpe is None:
             self.hf = tokenizers.Tokenizer.from_str(json.dumps(spec))
+            self.hf.encode_special_tokens = True
 
     @classmethod
     def load(cls, path):
-        """Read a tokenizer.json, or the one in a directory."""
+        """Read a tokenizer.json, or the one in a directory, and what lies beside it."""
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
+        beside, chat = path.with_name("tokenizer_config.json"), path.with_name("chat_template.jinja")
         try:
             spec = json.loads(path.read_text(encoding="utf-8"))
-            beside = path.with_name("tokenizer_config.json")
-            eot = json.loads(beside.read_text(encoding="utf-8")).get("eos_token") if beside.exists() else None
+            config = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+            if chat.exists():
+                config["chat_template"] = chat.read_text(encoding="utf-8")
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None
         except ValueError as e:
             raise UserError(f"{path}: not a tokenizer.json: {e}") from None
-        return cls(spec, eot["content"] if isinstance(eot, dict) else eot)
+        return cls(spec, config)
 
     def save(self, path):
         """Write the files that transformers' AutoTokenizer opens: tokenizer.json and tokenizer_config.json."""
         (path / "tokenizer.json").write_text(json.dumps(self.spec, ensure_ascii=False), encoding="utf-8")
-        names = {"bos_token": self.bos_token, "eos_token": self.eot_token, "pad_token": self.eot_token}
+        names = {"bos_token": self.bos_token, "eos_token": self.eot_token, "pad_token": self.pad_token}
         about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
+        about |= self.config  # what a published tokenizer came with goes on with it
         (path / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
 
     def encode(self, text, markers=False):
@@ -99,8 +107,12 @@ class Tokenizer:
         if self.bpe:
             allowed = "all" if markers else set()
             return self.bpe.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
-        self.hf.encode_special_tokens = not markers
-        return np.array(self.hf.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        if markers:
+            self.hf.encode_special_tokens = False
+        ids = self.hf.encode(text, add_special_tokens=False).ids
+        if markers:
+            self.hf.encode_special_tokens = True
+        return np.array(ids, dtype=np.uint32)
 
     def decode(self, ids):
         """Token ids -> str, special tokens left out. An incomplete character at the end becomes U+FFFD."""
@@ -211,8 +223,9 @@ def make_tokenizer(name, texts):
         if not name[4:].isdigit():
             raise UserError(f"--tokenizer={name}: the size must be a whole number, as in bpe:4096")
         return Tokenizer(train_bpe(texts(), int(name[4:])))
-    if Path(name).exists():
-        return Tokenizer.load(name)
+    path = hub_directory(name, ["tokenizer*", "*.jinja"])
+    if path.exists():
+        return Tokenizer.load(path)
     if name not in tiktoken.list_encoding_names():
         known = ", ".join(tiktoken.list_encoding_names())
         raise UserError(f"--tokenizer={name}: no such file, and tiktoken knows only {known}; or train one: bpe:4096")
@@ -221,6 +234,25 @@ def make_tokenizer(name, texts):
     except OSError as e:
         hint = "check the network, set TIKTOKEN_CACHE_DIR, or train your own with --tokenizer=bpe:4096"
         raise UserError(f"--tokenizer={name}: tiktoken could not download it ({type(e).__name__}): {hint}") from None
+
+
+def hub_directory(name, files=("*.json", "*.safetensors", "*.jinja")):
+    """`name` as a path; where nothing lies there and it reads like a Hub id, a download of that repository's files."""
+    path = Path(name)
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
+        return path
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(files)))
+    except errors.GatedRepoError:
+        why = f"gated: accept its terms at https://huggingface.co/{name}, then log in with `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        why = "neither a directory here nor a repository on the Hugging Face Hub (a private one needs `hf auth login`)"
+    except Exception as e:  # the network fails in many ways; each has one line to say
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        why = f"not a directory here, and not to be had from the Hugging Face Hub: {reason}"
+    raise UserError(f"{name}: {why}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -359,7 +391,7 @@ def encode_conversation(tokenizer, turns, template):
     for i, (instruction, context, response) in enumerate(turns):
         if i and end != tokenizer.eot:  # Gemma's turns stand on lines of their own
             add("\n")
-        fill = {"{instruction}": instruction, "{input}": context}
+        fill = {"{instruction}": instruction.strip(), "{input}": context.strip()}
         for piece in re.split(r"({instruction}|{input})", TEMPLATES[template]["with_input" if context else "without"]):
             add(fill.get(piece, piece), markers=piece not in fill)
         if response is not None:
@@ -367,6 +399,39 @@ def encode_conversation(tokenizer, turns, template):
             ids.append(end)
             is_response.append(True)
     return ids, is_response
+
+
+def template_of(path, tokenizer):
+    """The template that the model or adapter in a directory was instructed with; None for a plain model."""
+    ours, published = path / "instruct.json", path / "generation_config.json"
+    if ours.exists():
+        return json.loads(ours.read_text())["template"]
+    stops = json.loads(published.read_text()).get("eos_token_id") if published.exists() else None
+    end = end_of_response(tokenizer, "gemma")
+    # a published model that has learned to take turns stops at the end of one too
+    return "gemma" if isinstance(stops, list) and end in stops and end != tokenizer.eot else None
+
+
+def chat_template(tokenizer, template):
+    """encode_conversation's rendering in Jinja, for tokenizer_config.json: transformers, vLLM and llama.cpp then put
+    chat messages to a tuned model in the form it knows."""
+    before, after = TEMPLATES[template]["without"].split("{instruction}")
+    takes_turns = end_of_response(tokenizer, template) != tokenizer.eot
+    parts = {
+        "BEFORE": before,
+        "AFTER": after,
+        "END": "<end_of_turn>" if takes_turns else tokenizer.eot_token,
+        "BETWEEN": "\n" if takes_turns else "",
+    }
+    jinja = (
+        "{{ bos_token }}{% for m in messages %}"
+        "{% if m.role == 'assistant' %}{{ m.content + END }}{{ '' if loop.last else BETWEEN }}"
+        "{% elif loop.first or loop.previtem.role == 'assistant' %}{{ BEFORE + m.content | trim }}"
+        "{% else %}{{ '\\n\\n' + m.content | trim }}{% endif %}"  # a system message, then the user's
+        "{% if m.role != 'assistant' and (loop.last or loop.nextitem.role == 'assistant') %}{{ AFTER }}{% endif %}"
+        "{% endfor %}"
+    )
+    return re.sub("|".join(parts), lambda found: json.dumps(parts[found[0]], ensure_ascii=False), jinja)
 
 
 def end_of_response(tokenizer, template):

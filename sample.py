@@ -3,7 +3,8 @@ Read what a model writes.
 
     python sample.py --start="Once upon"                  # the newest best checkpoint under out/
     python sample.py --out_dir=out/fables --num_samples=4
-    python sample.py --model=path/to/any/gemma3 --start=FILE:prompt.txt
+    python sample.py --model=google/gemma-3-270m-it --instruct="Name three birds."   # any Gemma 3, here or on the Hub
+    python sample.py --start=FILE:prompt.txt
     python sample.py --interactive=True                   # keeps asking for a beginning
     python sample.py --adapter=out/lora-fables/best --instruct="What is the lesson of this fable?" --input="Once ..."
     python sample.py --adapter=out/lora-fables/best --interactive=True   # a conversation
@@ -18,7 +19,7 @@ import torch
 
 from config import UserError, run
 from lora import load_adapter
-from prepare import Tokenizer, encode_conversation, end_of_response
+from prepare import Tokenizer, encode_conversation, end_of_response, hub_directory, template_of
 from train import open_model, pick_device, pick_dtype, whole_checkpoint
 
 
@@ -26,7 +27,7 @@ from train import open_model, pick_device, pick_dtype, whole_checkpoint
 class SampleConfig:
     start: str = ""  # the beginning of the text; FILE:path reads it from a file; empty: a new document
     out_dir: str = ""  # sample from the best checkpoint of this run; empty: of the newest run under out/
-    model: str = ""  # or from this model directory
+    model: str = ""  # or from this model directory, or a Hub id of a Gemma 3
     adapter: str = ""  # a LoRA adapter to put on it; the model is then the one it was trained on, if not named
     instruct: str = ""  # an instruction to answer, rendered as in training
     input: str = ""  # the text the instruction is about
@@ -58,10 +59,11 @@ class SampleConfig:
 def find_checkpoint(cfg):
     """The model directory that the settings name."""
     if cfg.model:
-        return Path(cfg.model)
+        return hub_directory(cfg.model)
     if cfg.adapter:
         try:
-            return Path(json.loads((Path(cfg.adapter) / "adapter_config.json").read_text())["base_model_name_or_path"])
+            about = json.loads((Path(cfg.adapter) / "adapter_config.json").read_text())
+            return hub_directory(about["base_model_name_or_path"])
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise UserError(f"--adapter={cfg.adapter}: no adapter here: {e}") from None
     if cfg.out_dir:
@@ -112,20 +114,16 @@ def open_adapter(model, path):
         raise UserError(f"--adapter={path}: {e}") from None
 
 
-def read_template(path):
-    """How the model of this directory was instructed: the name of its template."""
-    file = path / "instruct.json"
-    return json.loads(file.read_text())["template"] if file.exists() else "alpaca"
-
-
 def main(cfg):
     device = pick_device(cfg.device)
+    dtype = pick_dtype(cfg.dtype, device)
     adapter = Path(cfg.adapter) if cfg.adapter else None
     path = find_checkpoint(cfg)
-    model = open_model(path, device).to(pick_dtype(cfg.dtype, device)).eval()
+    model = open_model(path, device, dtype).eval()
     tokenizer = Tokenizer.load(path)
-    template = read_template(adapter or path)
-    stops = [tokenizer.eot]
+    template = (adapter and template_of(adapter, tokenizer)) or template_of(path, tokenizer)
+    ends = model.config.eos_token_id
+    stops = [tokenizer.eot, *(ends if isinstance(ends, list) else [])]
     print(f"[{path}{f' with {adapter}' if adapter else ''}]\n")
 
     def continue_text(text):
@@ -133,17 +131,17 @@ def main(cfg):
         return write(model, tokenizer, text, ids, stops, cfg)
 
     def answer(turns):
-        ids, _ = encode_conversation(tokenizer, turns, template)
-        return write(model, tokenizer, "", ids, [end_of_response(tokenizer, template), *stops], cfg)
+        ids, _ = encode_conversation(tokenizer, turns, template or "alpaca")
+        return write(model, tokenizer, "", ids, [*stops, end_of_response(tokenizer, template)], cfg)
 
     if cfg.compare:
         print("base:\n")
         answer([(cfg.instruct, cfg.input, None)])
         print("tuned:\n")
     if adapter:
-        open_adapter(model, adapter).to(pick_dtype(cfg.dtype, device)).eval()
+        open_adapter(model, adapter).to(dtype).eval()
     if cfg.interactive:
-        return converse(continue_text, answer, chat=bool(adapter))
+        return converse(continue_text, answer, chat=bool(adapter or template))
     if cfg.instruct:
         answer([(cfg.instruct, cfg.input, None)])
     else:

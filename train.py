@@ -25,7 +25,7 @@ import torch
 
 from config import UserError, run
 from model import Gemma, GemmaConfig
-from prepare import DATA, Tokenizer, swap_in
+from prepare import DATA, Tokenizer, hub_directory, swap_in
 
 
 @dataclass
@@ -53,7 +53,7 @@ class TrainConfig:
     """What every run of the loop needs."""
 
     out_dir: str = ""  # where checkpoints and logs go; by default out/<dataset>
-    init_from: str = "scratch"  # scratch, resume (out_dir/last), or a model directory
+    init_from: str = "scratch"  # scratch, resume (out_dir/last), a model directory, or a Hub id of a Gemma 3
     max_iters: int = 5000  # updates; an iteration is one optimizer update
     gradient_accumulation_steps: int = 1  # micro-batches per update
     # optimizer
@@ -99,15 +99,16 @@ class TrainConfig:
 class Rows:
     """One split of a prepared dataset, dealt into rows of block_size tokens that begin where a document begins.
 
-    A row's first token is the end-of-text before its first document. A document that the row's end cuts off begins the
-    next row anew, so that every token is predicted from its whole document at least once; one longer than a row goes on
-    in the next."""
+    A row's first token is the end-of-text before its first document, or the tokenizer's <bos> where it has one. A
+    document that the row's end cuts off begins the next row anew, so that every token is predicted from its whole
+    document at least once; one longer than a row goes on in the next."""
 
-    def __init__(self, path, meta, split, block_size, eot):
+    def __init__(self, path, meta, split, block_size, tokenizer):
         self.tokens = np.memmap(path / f"{split}.bin", dtype=meta["dtype"], mode="r")
-        self.block_size, self.eot = block_size, eot
+        self.block_size, self.eot = block_size, tokenizer.eot
+        self.first = tokenizer.bos if tokenizer.bos != tokenizer.eot else None
         last = len(self.tokens) - 1
-        ends = [np.flatnonzero(self.tokens[i : i + 2**24] == eot) + i for i in range(0, len(self.tokens), 2**24)]
+        ends = [np.flatnonzero(self.tokens[i : i + 2**24] == self.eot) + i for i in range(0, len(self.tokens), 2**24)]
         ends = np.concatenate(ends)  # positions of end-of-text tokens, found in pieces to save memory
         starts, at = [], -1  # the first document has no end-of-text before it: position -1 stands for one
         while at < last:
@@ -134,6 +135,8 @@ class Rows:
             x[i, skip : skip + len(text)] = text
             n = self.fresh[row] if fresh_only else skip + len(text) - 1
             y[i, :n] = x[i, 1 : n + 1]
+        if self.first is not None:  # Gemma's own weights write nonsense without it
+            x[:, 0] = self.first
         return torch.from_numpy(x[:, :-1].copy()), torch.from_numpy(y)
 
 
@@ -288,7 +291,7 @@ class Pretraining:
 
     def __init__(self, cfg, loop, model, tokenizer, path, meta):
         self.cfg, self.loop, self.model, self.tokenizer, self.meta = cfg, loop, model, tokenizer, meta
-        self.rows, self.val_rows = (Rows(path, meta, s, cfg.block_size, tokenizer.eot) for s in ("train", "val"))
+        self.rows, self.val_rows = (Rows(path, meta, s, cfg.block_size, tokenizer) for s in ("train", "val"))
         self.floor = meta["floor_bits_per_byte"]
         self.floor_loss = self.floor and self.floor * math.log(2) * meta["val"]["bytes"] / meta["val"]["tokens"]
 
@@ -417,11 +420,11 @@ def whole_checkpoint(path):
     return path if path.exists() or not aside.exists() else aside
 
 
-def open_model(path, device, dropout=0.0):
+def open_model(path, device, dtype=torch.float32, dropout=0.0):
     """Gemma.from_pretrained, with what can be wrong in one line."""
     path = whole_checkpoint(Path(path))
     try:
-        return Gemma.from_pretrained(path, device=device, dropout=dropout)
+        return Gemma.from_pretrained(path, device, dtype, dropout)
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path}: not a Gemma 3 model directory: {str(e).splitlines()[0]}") from None
 
@@ -522,15 +525,16 @@ def start_model(cfg, loop, arch, meta, tokenizer, device):
         vocab_size = arch.vocab_size
         if vocab_size == GemmaConfig.vocab_size:  # not set: the tokenizer's, in whole tiles of a matrix product
             vocab_size = math.ceil(meta["vocab_size"] / 64) * 64
-        special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
+        special = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.pad}
         config = replace(arch, vocab_size=vocab_size, **special)
         with torch.device(device):
             model = Gemma(config, cfg.dropout).init_weights(loop.seed)
     else:
-        path = whole_checkpoint(Path(loop.out_dir) / "last") if loop.init_from == "resume" else Path(loop.init_from)
+        last = Path(loop.out_dir) / "last"
+        path = whole_checkpoint(last) if loop.init_from == "resume" else hub_directory(loop.init_from)
         if not path.is_dir():
             raise UserError(f"--init_from={loop.init_from}: no checkpoint in {path}")
-        model = open_model(path, device, cfg.dropout)
+        model = open_model(path, device, dropout=cfg.dropout)
         if Tokenizer.load(path).spec["model"] != tokenizer.spec["model"]:
             raise UserError(f"the tokenizer of {path} is not that of the dataset: prepare it with --tokenizer={path}")
         if loop.init_from == "resume":

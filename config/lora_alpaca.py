@@ -1,10 +1,9 @@
 # Stanford Alpaca's 52,000 instructions on Gemma 3 itself, with the settings usual for LoRA: rank 16 on all linear
 # layers, AdamW at 2e-4, warmup and cosine decay, one epoch. One GPU; not yet measured.
 #
-#     hf download google/gemma-3-270m --local-dir=out/gemma-3-270m
 #     python lora.py config/lora_alpaca.py
 data = "alpaca"
-init_from = "out/gemma-3-270m"
+init_from = "google/gemma-3-270m"
 out_dir = "out/lora-alpaca"
 
 rank = 16

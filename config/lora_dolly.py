@@ -1,10 +1,8 @@
-# Databricks' 15,000 instructions on Gemma 3 itself, with the settings of a known Keras walk-through of Gemma and LoRA:
-# rank 4, AdamW at 5e-5, weight decay 0.01, one record a batch, one epoch. Not yet measured.
+# Databricks' 15,000 instructions on a Gemma 3, with the settings of a known Keras walk-through of Gemma and LoRA: rank
+# 4, AdamW at 5e-5, weight decay 0.01, one record a batch, one epoch. Not yet measured.
 #
-#     hf download google/gemma-3-270m --local-dir=out/gemma-3-270m
-#     python lora.py config/lora_dolly.py
+#     python lora.py config/lora_dolly.py --init_from=google/gemma-3-1b-pt
 data = "dolly"
-init_from = "out/gemma-3-270m"
 out_dir = "out/lora-dolly"
 
 rank = 4

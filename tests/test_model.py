@@ -1,11 +1,24 @@
 """model.py against transformers' Gemma3ForCausalLM, on the same weights."""
 
 import json
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import HOME
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+)
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from model import FULL, SLIDING, Gemma, GemmaConfig, KVCache, filter_logits, sample_token
@@ -237,18 +250,166 @@ def test_save_and_load_round_trip(tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("change", ["missing", "unexpected"])
-def test_loading_is_strict(tmp_path, change):
-    from safetensors.torch import load_file, save_file
+def change_weights(path, change):
+    """Rewrite path/model.safetensors with change(weights) -> weights."""
+    file = path / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
 
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda name: {}, r"missing: model\.layers\.1\.mlp\.up_proj\.weight and 0 more"),
+        (lambda name: {"extra": torch.zeros(3)}, r"extra \[3\]: no such tensor"),
+        (lambda name: {name.replace("up", "upp"): torch.zeros(80, 48)}, r"mlp\.upp_proj\.weight \[80, 48\]: no such"),
+        (lambda name: {name: torch.zeros(48, 80)}, r"up_proj\.weight \[48, 80\]: the config asks for \[80, 48\]"),
+    ],
+)
+def test_loading_is_strict(tmp_path, change, message):
     random_model(small()).save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    if change == "missing":
-        del weights["model.layers.1.mlp.up_proj.weight"]
-    else:
-        weights["model.layers.1.mlp.upp_proj.weight"] = torch.zeros(3)
-    save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.upp?_proj"):
+    name = "model.layers.1.mlp.up_proj.weight"
+    change_weights(tmp_path, lambda w: {k: v for k, v in w.items() if k != name} | change(name))
+    with pytest.raises(ValueError, match=message):
+        Gemma.from_pretrained(tmp_path)
+
+
+def official_small(**changes):
+    """transformers' own config of a small Gemma 3 with every 6th layer full, and a 4B's RoPE scaling."""
+    shape = dict(
+        vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=7, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=23, sliding_window=7, max_position_embeddings=256,
+        rope_parameters={FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                         SLIDING: {"rope_type": "default", "rope_theta": 1e4}},
+    )  # fmt: skip
+    return Gemma3TextConfig(**shape | changes)
+
+
+def save_official(model, path, **how):
+    """Random bfloat16 weights, norms included, as transformers saves them -> the model as it reads them again."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.15 * torch.randn_like(p))
+    model.bfloat16().save_pretrained(path, **how)
+    return type(model).from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def edit_config(path, change):
+    file = path / "config.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+
+
+def to_old_style(config):
+    """A config.json as it was first published: flat RoPE settings, the pattern in place of layer_types."""
+    config = {k: v for k, v in config.items() if k not in ("rope_parameters", "layer_types", "_sliding_window_pattern")}
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    return config | {
+        "rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": scaling, "sliding_window_pattern": 6,
+        "hidden_act": "gelu_pytorch_tanh", "torch_dtype": "bfloat16",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("style", ["new", "old"])
+def test_published_text_checkpoints_load(tmp_path, style, shards):
+    peer = save_official(Gemma3ForCausalLM(official_small()), tmp_path, max_shard_size="30KB" if shards else "5GB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3 if shards else (tmp_path / "model.safetensors").exists()
+    if style == "old":
+        edit_config(tmp_path, to_old_style)
+    x = random_tokens(peer.config, 2, 41)
+    assert (Gemma.from_pretrained(tmp_path)(x) - peer(x).logits).abs().max() < 1e-4
+    assert Gemma.from_pretrained(tmp_path, dtype=torch.bfloat16)(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_part_of_multimodal_checkpoints_loads(tmp_path, prefix):
+    vision = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = Gemma3Config(
+        text_config=official_small().to_dict(), vision_config=vision, mm_tokens_per_image=4, image_token_index=96
+    )
+    peer = save_official(Gemma3ForConditionalGeneration(config), tmp_path)
+    assert any("vision_tower" in name for name in load_file(tmp_path / "model.safetensors"))
+    if prefix == "model.language_model.":  # as some releases of transformers name them
+        renamed = {"language_model.model.": prefix, "vision_tower.": "model.vision_tower.", "multi": "model.multi"}
+        rename = re.compile("^(" + "|".join(renamed) + ")")
+        change_weights(
+            tmp_path, lambda weights: {rename.sub(lambda m: renamed[m[0]], k): w for k, w in weights.items()}
+        )
+        assert not any(name.startswith("language_model") for name in load_file(tmp_path / "model.safetensors"))
+    x = random_tokens(config.text_config, 2, 41) % 90  # no image tokens
+    assert (Gemma.from_pretrained(tmp_path)(x) - peer(x).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [  # all that the published config.json of 4B, 12B and 27B say of the text part
+        dict(hidden_size=2560, intermediate_size=10240, num_hidden_layers=34),
+        dict(hidden_size=3840, intermediate_size=15360, num_hidden_layers=48, num_attention_heads=16,
+             num_key_value_heads=8),
+        dict(hidden_size=5376, intermediate_size=21504, num_hidden_layers=62, num_attention_heads=32,
+             num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=168),
+    ],
+    ids=["4b", "12b", "27b"],
+)  # fmt: skip
+def test_what_published_configs_leave_out(shape):
+    scaling = {"factor": 8.0, "rope_type": "linear"}
+    text = shape | {"model_type": "gemma3_text", "rope_scaling": scaling, "sliding_window": 1024}
+    d = {"model_type": "gemma3", "text_config": text, "eos_token_id": [1, 106], "vision_config": {}}
+    ours, theirs = GemmaConfig.from_dict(d), Gemma3Config.from_dict(d).text_config
+    for name in (f.name for f in fields(GemmaConfig) if hasattr(theirs, f.name) and f.name != "eos_token_id"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.eos_token_id == [1, 106] and ours.rope_linear_factor == 8
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a process's memory as Linux shows it")
+def test_a_270m_checkpoint_with_the_official_vocabulary(tmp_path):
+    """268M parameters in bfloat16, loaded as users do, in a process whose memory is counted."""
+    config = Gemma3TextConfig(
+        vocab_size=262144, hidden_size=640, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=4,
+        num_key_value_heads=1, sliding_window=512, max_position_embeddings=32768,
+    )  # fmt: skip
+    peer = save_official(Gemma3ForCausalLM(config), tmp_path)
+    code = f"""
+import re, time, torch
+from model import Gemma
+start = time.perf_counter()
+model = Gemma.from_pretrained({str(tmp_path)!r}).eval()
+seconds = time.perf_counter() - start
+kib = re.search("VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]  # the most memory this process has held
+with torch.no_grad():
+    torch.save(model(torch.arange(0, 262144, 20000)[None]), {str(tmp_path / "logits.pt")!r})
+print(model.num_params().total, seconds, kib)
+"""
+    made = subprocess.run([sys.executable, "-c", code], cwd=HOME, capture_output=True, text=True, check=True)
+    parameters, seconds, kib = made.stdout.split()
+    print(f"loaded in {float(seconds):.1f} s, at most {int(kib) / 1e6:.2f} GB")
+    assert int(parameters) == 268_098_176
+    assert int(kib) < 1.5e6
+    with torch.no_grad():
+        logits = peer(torch.arange(0, 262144, 20000)[None]).logits
+    ours = torch.load(tmp_path / "logits.pt")
+    assert (ours - logits).abs().max() < 1e-4 * logits.abs().max()
+
+
+def test_an_index_cannot_name_files_elsewhere(tmp_path):
+    save_official(Gemma3ForCausalLM(official_small()), tmp_path, max_shard_size="30KB")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"model-00001', '"../model-00001'))
+    with pytest.raises(ValueError, match="not a file in this directory"):
+        Gemma.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"model_type": "gemma2"}, {"final_logit_softcapping": 30.0}, {"use_bidirectional_attention": True},
+     {"tie_word_embeddings": False}, {"hidden_activation": "silu"}, {"attention_bias": True}],
+)  # fmt: skip
+def test_what_is_not_gemma_3_is_refused(tmp_path, change):
+    random_model(small()).save_pretrained(tmp_path)
+    edit_config(tmp_path, lambda config: config | change)
+    with pytest.raises(ValueError, match=f"{next(iter(change))}"):
         Gemma.from_pretrained(tmp_path)
 
 
