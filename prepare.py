@@ -70,7 +70,8 @@ class Tokenizer:
         self.pad = special[self.pad_token]
         self.special_ids = set(special.values())
         # ids that a text can have: a tokenizer may name more special tokens than its models have rows for
-        self.vocab_size = 1 + max(*spec["model"]["vocab"].values(), self.eot, self.bos)
+        plain = [t["id"] for t in spec["added_tokens"] if not t["special"]]
+        self.vocab_size = 1 + max(*spec["model"]["vocab"].values(), *plain, self.eot, self.bos)
         self.bpe = byte_level_bpe(spec, special)
         if self.bpe is None:
             self.hf = tokenizers.Tokenizer.from_str(json.dumps(spec))
@@ -356,24 +357,30 @@ def is_held_out(text, fraction):
 # ----------------------------------------------------------------------------------------------------------------------
 # instruction records
 
-# what stands around a turn, with and without an input
+# what a turn looks like, with and without an input
 TEMPLATES = {
     "alpaca": {
         "with_input": "Below is an instruction that describes a task, paired with an input that provides further "
         "context. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n{response}",
         "without": "Below is an instruction that describes a task. Write a response that appropriately completes the "
-        "request.\n\n### Instruction:\n{instruction}\n\n### Response:\n",
+        "request.\n\n### Instruction:\n{instruction}\n\n### Response:\n{response}",
     },
     "short": {
-        "with_input": "Input: {input}\nInstruction: {instruction}\nResponse: ",
-        "without": "Instruction: {instruction}\nResponse: ",
+        "with_input": "Input: {input}\nInstruction: {instruction}\nResponse: {response}",
+        "without": "Instruction: {instruction}\nResponse: {response}",
     },
     "gemma": {
-        "with_input": "<start_of_turn>user\n{instruction}\n\n{input}<end_of_turn>\n<start_of_turn>model\n",
-        "without": "<start_of_turn>user\n{instruction}<end_of_turn>\n<start_of_turn>model\n",
+        "with_input": "<start_of_turn>user\n{instruction}\n\n{input}<end_of_turn>\n<start_of_turn>model\n{response}",
+        "without": "<start_of_turn>user\n{instruction}<end_of_turn>\n<start_of_turn>model\n{response}",
     },
 }
+
+
+def split_template(template, kind):
+    """[(what stands before a field, "" or the space right before it, the field's name), ...]. Such a space is encoded
+    with the field's text: most tokenizers have words with the space before them."""
+    return re.findall(r"([^{]*?)( ?){(\w+)}", TEMPLATES[template][kind])
 
 
 def encode_conversation(tokenizer, turns, template):
@@ -391,11 +398,12 @@ def encode_conversation(tokenizer, turns, template):
     for i, (instruction, context, response) in enumerate(turns):
         if i and end != tokenizer.eot:  # Gemma's turns stand on lines of their own
             add("\n")
-        fill = {"{instruction}": instruction.strip(), "{input}": context.strip()}
-        for piece in re.split(r"({instruction}|{input})", TEMPLATES[template]["with_input" if context else "without"]):
-            add(fill.get(piece, piece), markers=piece not in fill)
+        texts = {"instruction": instruction.strip(), "input": context.strip(), "response": response}
+        for before, space, field in split_template(template, "with_input" if context else "without"):
+            add(before, markers=True)
+            if texts[field]:
+                add(space + texts[field], response=field == "response")
         if response is not None:
-            add(response, response=True)
             ids.append(end)
             is_response.append(True)
     return ids, is_response
@@ -415,17 +423,18 @@ def template_of(path, tokenizer):
 def chat_template(tokenizer, template):
     """encode_conversation's rendering in Jinja, for tokenizer_config.json: transformers, vLLM and llama.cpp then put
     chat messages to a tuned model in the form it knows."""
-    before, after = TEMPLATES[template]["without"].split("{instruction}")
+    (before, space, _), (after, lead, _) = split_template(template, "without")
     takes_turns = end_of_response(tokenizer, template) != tokenizer.eot
     parts = {
-        "BEFORE": before,
+        "BEFORE": before + space,
         "AFTER": after,
+        "LEAD": lead,
         "END": "<end_of_turn>" if takes_turns else tokenizer.eot_token,
         "BETWEEN": "\n" if takes_turns else "",
     }
     jinja = (
         "{{ bos_token }}{% for m in messages %}"
-        "{% if m.role == 'assistant' %}{{ m.content + END }}{{ '' if loop.last else BETWEEN }}"
+        "{% if m.role == 'assistant' %}{{ LEAD + m.content + END }}{{ '' if loop.last else BETWEEN }}"
         "{% elif loop.first or loop.previtem.role == 'assistant' %}{{ BEFORE + m.content | trim }}"
         "{% else %}{{ '\\n\\n' + m.content | trim }}{% endif %}"  # a system message, then the user's
         "{% if m.role != 'assistant' and (loop.last or loop.nextitem.role == 'assistant') %}{{ AFTER }}{% endif %}"

@@ -28,7 +28,9 @@ class SampleConfig:
     start: str = ""  # the beginning of the text; FILE:path reads it from a file; empty: a new document
     out_dir: str = ""  # sample from the best checkpoint of this run; empty: of the newest run under out/
     model: str = ""  # or from this model directory, or a Hub id of a Gemma 3
-    adapter: str = ""  # a LoRA adapter to put on it; the model is then the one it was trained on, if not named
+    adapter: str = (
+        ""  # a LoRA adapter (directory or Hub id) to put on it; the model is by default the one it was trained on
+    )
     instruct: str = ""  # an instruction to answer, rendered as in training
     input: str = ""  # the text the instruction is about
     compare: bool = False  # answer the instruction without the adapter first
@@ -56,13 +58,13 @@ class SampleConfig:
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0")
 
 
-def find_checkpoint(cfg):
-    """The model directory that the settings name."""
+def find_checkpoint(cfg, adapter):
+    """The model directory that the settings name, or that the adapter was trained on."""
     if cfg.model:
         return hub_directory(cfg.model)
-    if cfg.adapter:
+    if adapter:
         try:
-            about = json.loads((Path(cfg.adapter) / "adapter_config.json").read_text())
+            about = json.loads((adapter / "adapter_config.json").read_text())
             return hub_directory(about["base_model_name_or_path"])
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise UserError(f"--adapter={cfg.adapter}: no adapter here: {e}") from None
@@ -80,12 +82,15 @@ def find_checkpoint(cfg):
 def write(model, tokenizer, text, ids, stops, cfg):
     """Print what follows the prompt `ids`, of which `text` shows; one sample streams, several come when all are done.
     Returns the first."""
+
+    def shown(sample):
+        return (text + tokenizer.decode(sample)).lstrip()
+
     limit = model.config.max_position_embeddings
     if len(ids) >= limit:
         raise UserError(f"the prompt's {len(ids)} tokens leave no room in the model's {limit} positions: shorten it")
     prompt = torch.tensor([ids] * cfg.num_samples, device=model.device)
-    started, made, shown = time.perf_counter(), [[] for _ in range(cfg.num_samples)], 0
-    print(text if cfg.num_samples == 1 else "", end="", flush=True)
+    started, made, printed = time.perf_counter(), [[] for _ in range(cfg.num_samples)], 0
     steps = model.generate(
         prompt, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty, stops,
         cfg.seed,
@@ -95,14 +100,13 @@ def write(model, tokenizer, text, ids, stops, cfg):
             if not (sample and sample[-1] in stops):  # else it has ended before the others
                 sample.append(token)
         if cfg.num_samples == 1:
-            so_far = tokenizer.decode(made[0])
+            so_far = shown(made[0])
             if not so_far.endswith("\ufffd"):  # not in the middle of a character
-                print(so_far[shown:], end="", flush=True)
-                shown = len(so_far)
+                print(so_far[printed:], end="", flush=True)
+                printed = len(so_far)
     seconds, count = time.perf_counter() - started, sum(map(len, made))
-    texts = [text + tokenizer.decode(sample) for sample in made]
-    if cfg.num_samples > 1:
-        print("\n\n---\n\n".join(texts), end="")
+    texts = list(map(shown, made))
+    print("\n\n---\n\n".join(texts) if cfg.num_samples > 1 else texts[0][printed:], end="")
     print(f"\n\n[{count} tokens, {count / seconds:.0f} per second]\n")
     return texts[0]
 
@@ -117,8 +121,8 @@ def open_adapter(model, path):
 def main(cfg):
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
-    adapter = Path(cfg.adapter) if cfg.adapter else None
-    path = find_checkpoint(cfg)
+    adapter = hub_directory(cfg.adapter) if cfg.adapter else None
+    path = find_checkpoint(cfg, adapter)
     model = open_model(path, device, dtype).eval()
     tokenizer = Tokenizer.load(path)
     template = (adapter and template_of(adapter, tokenizer)) or template_of(path, tokenizer)

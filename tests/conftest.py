@@ -1,9 +1,13 @@
 """What several tests share."""
 
+import http.server
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -48,10 +52,10 @@ def project(tmp_path):
     return copy_project(tmp_path)
 
 
-def run_script(project, *args, ok=True, timeout=240):
+def run_script(project, *args, ok=True, timeout=240, stdin=None):
     """Run `python args...` in the project's folder as a user would -> the finished process."""
     result = subprocess.run(
-        [sys.executable, *map(str, args)], cwd=project, capture_output=True, text=True, timeout=timeout
+        [sys.executable, *map(str, args)], cwd=project, capture_output=True, text=True, timeout=timeout, input=stdin
     )
     assert not ok or result.returncode == 0, result.stdout + result.stderr
     return result
@@ -72,3 +76,100 @@ TINY = """
 --gradient_accumulation_steps=2 --warmup_iters=2 --eval_interval=5 --log_interval=1 --sample_tokens=8 --compile=False
 --device=cpu
 """.split()  # noqa: SIM905
+
+
+def publish_gemma(path, instructed=False):
+    """A small random Gemma 3 in `path`, as Google publishes them: bfloat16, a BPE with byte fallback, a special token
+    that the model has no row for; instructed: with a chat template, and ending at the end of a turn."""
+    import torch
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GemmaTokenizer
+
+    from data import fable_grammar
+
+    trained = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    trained.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{b:02X}>" for b in range(256))]
+    fables = [fable_grammar.tell(f"gemma/{i}")[0].replace(" ", "▁") for i in range(200)]
+    trained.train_from_iterator(
+        fables, trainers.BpeTrainer(vocab_size=480, special_tokens=special, show_progress=False)
+    )
+    model = json.loads(trained.to_str())["model"]
+    tokenizer = GemmaTokenizer(model["vocab"], [tuple(pair) for pair in model["merges"]])
+    tokenizer.add_tokens([AddedToken("\n\n", normalized=False)])
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>", "<image_soft_token>"]}
+    )
+    config = Gemma3TextConfig(
+        vocab_size=len(tokenizer) - 1, hidden_size=48, intermediate_size=80, num_hidden_layers=7, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, sliding_window=32, max_position_embeddings=512,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    published = Gemma3ForCausalLM(config).bfloat16()
+    if instructed:
+        published.generation_config.eos_token_id = [1, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
+        tokenizer.chat_template = (
+            "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else 'user' }}"
+            "{{ '\\n' + m.content | trim }}<end_of_turn>{{ '\\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+        )
+    published.save_pretrained(path, max_shard_size="60KB")
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for the Hugging Face Hub on this machine, to which huggingface_hub is pointed: {repository: directory}
+    to fill; a directory of None is a gated repository, and what is not listed does not exist."""
+    repositories, commit = {}, "0" * 40
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self, body=True):
+            path = self.path.split("?")[0]
+            found = re.fullmatch(r"/(?:api/models/)?([^/]+/[^/]+)/(revision|tree|resolve)/[^/]+/?(.*)", path)
+            if not found:
+                return self.fail(404, "NotFound")
+            name, what, file = found.groups()
+            directory = repositories.get(name)
+            if directory is None:
+                gated = name in repositories
+                return self.fail(403 if gated else 401, "GatedRepo" if gated else "RepoNotFound")
+            files = [{"path": p.name, "rfilename": p.name, "size": p.stat().st_size, "oid": p.name, "type": "file"}
+                     for p in sorted(directory.iterdir())]  # fmt: skip
+            if what == "revision":
+                content = json.dumps({"id": name, "sha": commit, "siblings": files}).encode()
+            elif what == "tree":
+                content = json.dumps(files).encode()
+            elif (directory / file).exists():
+                content = (directory / file).read_bytes()
+            else:
+                return self.fail(404, "EntryNotFound")
+            self.send_response(200)
+            headers = {"Content-Length": len(content), "ETag": f'"{hash((name, file))}"', "X-Repo-Commit": commit}
+            for header, value in headers.items():
+                self.send_header(header, str(value))
+            self.end_headers()
+            if body:
+                self.wfile.write(content)
+
+        def do_HEAD(self):
+            self.do_GET(body=False)
+
+        def fail(self, status, code):
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf-home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    yield repositories
+    server.shutdown()
+    server.server_close()

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from conftest import TINY, copy_project, fails, run_script
+from conftest import TINY, copy_project, fails, publish_gemma, run_script
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
-from transformers import Gemma3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM
 
 from lora import LoraConfig, LoRALinear, Tuning, add_lora, load_adapter, lora_layers, merge_lora, save_adapter
 from model import Gemma, GemmaConfig
@@ -178,8 +178,8 @@ def test_masks_token_by_token():
     assert x.shape == y.shape and len(x) == 2
     for row, (prompt, response) in enumerate(
         [
-            ("Instruction: Say hi.\nResponse: ", "hello"),
-            ("Input: in\nInstruction: Say hi.\nResponse: ", "hello world, hello"),
+            ("Instruction: Say hi.\nResponse:", " hello"),
+            ("Input: in\nInstruction: Say hi.\nResponse:", " hello world, hello"),
         ]
     ):
         targets = [t for t in y[row].tolist() if t != -100]
@@ -196,8 +196,8 @@ def test_every_response_of_a_conversation_is_learned():
     task = tuning([[("Say hi.", "in", "hello"), ("Say", "", "world")]])
     ((x, y),) = task.validation()
     said = [
-        (False, "Input: in\nInstruction: Say hi.\nResponse: "), (True, "hello"),
-        (False, "Instruction: Say\nResponse: "), (True, "world"),
+        (False, "Input: in\nInstruction: Say hi.\nResponse:"), (True, " hello"),
+        (False, "Instruction: Say\nResponse:"), (True, " world"),
     ]  # fmt: skip
     ids, targets = [TOKENIZER.eot], []
     for is_response, text in said:
@@ -215,8 +215,8 @@ def test_long_records_lose_the_beginning_of_the_prompt_or_are_dropped():
     assert task.dropped == 4 and len(task.train_set) == 3  # two of five, in both halves
     for ids, is_response in (task.train_set[0], task.train_set[2]):
         assert len(ids) <= 40 and ids[0] == TOKENIZER.eot and not is_response[0]
-        assert TOKENIZER.decode(ids[~is_response].tolist()).endswith("\nResponse: ")
-        assert TOKENIZER.decode(ids[is_response].tolist()) == "hello"  # a response without its beginning is gone
+        assert TOKENIZER.decode(ids[~is_response].tolist()).endswith("\nResponse:")
+        assert TOKENIZER.decode(ids[is_response].tolist()) == " hello"  # a response without its beginning is gone
     assert len(task.train_set[0][0]) == 40
     for x, y in task.validation():
         assert ((y != -100).sum(1) > 0).all() and x.shape[1] < 40
@@ -271,7 +271,7 @@ def test_templates():
     assert alpaca.endswith("### Instruction:\nDo it.\n\n### Input:\nwith this\n\n### Response:\n")
     assert "Input" not in prompt([("Do it.", "", None)], "alpaca")
     chat = prompt([("a", "", "b"), ("c", "", None)], "short")
-    assert chat == "Instruction: a\nResponse: bInstruction: c\nResponse: "  # the end-of-text after b is not shown
+    assert chat == "Instruction: a\nResponse: bInstruction: c\nResponse:"  # the end-of-text after b is not shown
     assert set(TEMPLATES) == {"alpaca", "short", "gemma"}
 
 
@@ -341,6 +341,35 @@ def test_a_run_learns_reports_and_saves(project, rank):
         load_adapter(tuned, run / "last")
     x = random_tokens(1, 12)
     torch.testing.assert_close(merged(x), tuned.eval()(x), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("instructed", [False, True])
+def test_a_published_checkpoint_is_tuned_and_opens_in_peft(project, tmp_path, instructed):
+    """A run on a directory as Google publishes them: the adapter opens in PEFT, the merged model in transformers, both
+    with our logits; an instructed model is tuned in its own turns, and any tuned one stops where its answers do."""
+    base = publish_gemma(tmp_path / "published", instructed)
+    run, _ = tune(
+        project, f"published{instructed}", f"--init_from={base}", "--forgetting=", "--epochs=1", "--merge=True",
+        "--max_length=128", *(["--template="] if instructed else ["--template=alpaca", "--max_length=256"]),
+    )  # fmt: skip
+    template = json.loads((run / "best/instruct.json").read_text())["template"]
+    assert template == ("gemma" if instructed else "alpaca")
+    tokenizer = Tokenizer.load(run / "last")
+    ids, _ = encode_conversation(tokenizer, [("Say fox 3.", "", "fox 3")], template)
+    x = torch.tensor([ids])
+    ours = load_adapter(Gemma.from_pretrained(base), run / "last").eval()(x)
+    assert not torch.equal(ours, Gemma.from_pretrained(base).eval()(x))
+    peer = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), run / "last")
+    assert (peer.eval()(x).logits - ours).abs().max() < 1e-4
+    merged = AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.float32).eval()
+    assert (merged(x).logits - ours).abs().max() < 1e-4
+    end = end_of_response(tokenizer, template)
+    stops = merged.generation_config.eos_token_id
+    assert stops == ([1, end] if instructed else 1) and ids[-1] == end
+    theirs = AutoTokenizer.from_pretrained(run / "merged")
+    messages = [{"role": "user", "content": "Say fox 3."}]
+    rendered = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert rendered == ids[: len(rendered)] and tokenizer.decode(ids[len(rendered) :]) == "fox 3"
 
 
 @pytest.mark.parametrize("rank", [2, 0])

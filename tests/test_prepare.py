@@ -1,4 +1,5 @@
 import json
+import random
 import re
 import types
 
@@ -6,13 +7,23 @@ import numpy as np
 import pytest
 import tiktoken
 import tokenizers
-from conftest import fails, run_script
+from conftest import fails, publish_gemma, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import prepare
-from prepare import END_OF_TEXT, Tokenizer, encode, is_held_out, spec_of_tiktoken, train_bpe
+from prepare import (
+    END_OF_TEXT,
+    TEMPLATES,
+    Tokenizer,
+    chat_template,
+    encode,
+    encode_conversation,
+    is_held_out,
+    spec_of_tiktoken,
+    train_bpe,
+)
 
 STORY = "Once upon a time, there was a fox. It said: 'I'll go!'\n\nÜber naïve café 12345 Ω \t a  — 你好 🦊"
 
@@ -55,11 +66,14 @@ def test_special_tokens_in_text_are_text():
 
 def test_gpt2_equals_tiktoken(needs_gpt2, tinystories, tmp_path):
     tokenizer, oracle = Tokenizer(spec_of_tiktoken(tiktoken.get_encoding("gpt2"))), tiktoken.get_encoding("gpt2")
-    text = tinystories.read_text()[:200_000].replace(END_OF_TEXT, "")
+    stories = tinystories.read_text()[:1_000_000].replace(END_OF_TEXT, "")
     assert tokenizer.vocab_size == 50257 and tokenizer.eot == 50256
-    assert list(tokenizer.encode(text)) == oracle.encode_ordinary(text) == hf_ids(tokenizer, text)
     tokenizer.save(tmp_path)
-    assert AutoTokenizer.from_pretrained(tmp_path)(STORY).input_ids == oracle.encode_ordinary(STORY)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in [stories, STORY, *random_texts(1000)]:
+        ids = oracle.encode_ordinary(text)
+        assert tokenizer.encode(text).tolist() == theirs(text, split_special_tokens=True).input_ids == ids
+        assert theirs.decode(ids) == text
 
 
 @pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
@@ -85,22 +99,65 @@ def test_trained_size_is_the_size_asked_for():
     assert tokenizer.vocab_size == 300 and tokenizer.eot == 299
 
 
-def test_tokenizers_that_are_no_byte_level_bpe_run_through_tokenizers(tmp_path):
-    """Gemma's kind: BPE with byte fallback, and a space turned into an underline."""
-    from tokenizers import decoders, models, normalizers, trainers
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    return publish_gemma(tmp_path_factory.mktemp("gemma"), instructed=True)
 
-    hf = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    hf.normalizer = normalizers.Replace(" ", "▁")
-    hf.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    special = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{b:02X}>" for b in range(256))]
-    hf.train_from_iterator([STORY], trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False))
-    spec = json.loads(hf.to_str())
-    spec["added_tokens"] = spec["added_tokens"][:4]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    tokenizer = Tokenizer.load(tmp_path)
-    assert tokenizer.bpe is None and tokenizer.eot == 1
-    text = "a fox said 🦆 <eos>"
-    assert tokenizer.decode(tokenizer.encode(text)) == text and 1 not in tokenizer.encode(text)
+
+def test_gemmas_tokenizer_runs_through_tokenizers(gemma):
+    """BPE with byte fallback, spaces as underlines, added tokens that are not special, special ones without a row."""
+    ours, theirs = Tokenizer.load(gemma), AutoTokenizer.from_pretrained(gemma)
+    assert ours.bpe is None and (ours.eot, ours.bos, ours.pad) == (1, 2, 0)
+    assert ours.vocab_size <= json.loads((gemma / "config.json").read_text())["vocab_size"]
+    for text in ["A fox.\n\nHello wörld 🦆\n <eos>x<end_of_turn> y", "", " ", "\n\n\n", *random_texts(300)]:
+        ids = ours.encode(text)
+        assert ids.tolist() == theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        assert ours.decode(ids) == theirs.decode(ids)
+        assert not {1, 2, 482} & set(ids.tolist())
+
+
+def random_texts(count, seed=0):
+    """Strings of Unicode from everywhere, assigned or not, and a little markup."""
+    rng = random.Random(seed)
+    odd = ["<|endoftext|>", " ", "\n", "'s", "  ", "\u200d", "\ufeff"]
+    for _ in range(count):
+        codes = (rng.choice([rng.randrange(1, 0x80), rng.randrange(0x110000)]) for _ in range(rng.randrange(40)))
+        yield "".join(rng.choice(odd) if rng.random() < 0.1 else chr(c) for c in codes if not 0xD800 <= c < 0xE000)
+
+
+@pytest.mark.parametrize("template", list(TEMPLATES))
+@pytest.mark.parametrize("kind", ["byte-level", "gemma"])
+def test_the_chat_template_renders_as_training_does(gemma, tmp_path, template, kind):
+    tokenizer = Tokenizer.load(gemma) if kind == "gemma" else trained(300)
+    official = tokenizer.config.get("chat_template")
+    tokenizer.config["chat_template"] = chat_template(tokenizer, template)
+    tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    said = [("Who is it? ", "A fox."), ("\nAnd who\n\nelse?", "A crow, <b>I</b> think."), ("Where?", "Here.")]
+    messages = [{"role": "system", "content": "You are an owl."}]
+    turns = []
+    for asked, answered in said:
+        messages.append({"role": "user", "content": asked})
+        turns.append((asked if turns else f"You are an owl.\n\n{asked}", "", None))
+        ids = encode_conversation(tokenizer, turns, template)[0]
+        rendered = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert rendered == ids, theirs.decode(rendered)
+        if official and template == "gemma":
+            merged = [{"role": "user", "content": turns[0][0]}, *messages[2:]]  # the official way with system messages
+            assert ids == theirs.apply_chat_template(
+                merged, chat_template=official, add_generation_prompt=True, return_dict=False
+            )
+        messages.append({"role": "assistant", "content": answered})
+        turns[-1] = (*turns[-1][:2], answered)
+
+
+def test_a_tokenizer_from_the_hub(project, hub, gemma):
+    hub["google/gemma-3-270m-it"], hub["google/gated"] = gemma, None
+    (project / "stories.txt").write_text(f"\n{END_OF_TEXT}\n".join(STORIES), encoding="utf-8")
+    path, meta = prepared(project, "--dataset=stories.txt", "--tokenizer=google/gemma-3-270m-it")
+    assert documents_of(path, meta, "train") and meta["vocab_size"] == Tokenizer.load(gemma).vocab_size
+    assert "accept its terms" in fails(project, "prepare.py", "--dataset=stories.txt", "--tokenizer=google/gated")
+    assert "neither" in fails(project, "prepare.py", "--dataset=stories.txt", "--tokenizer=google/none")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

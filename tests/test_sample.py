@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from conftest import TINY, copy_project, fails, run_script
+from conftest import TINY, copy_project, fails, publish_gemma, run_script
 
 from model import Gemma
 from prepare import Tokenizer
@@ -22,7 +22,7 @@ def project(tmp_path_factory):
 
 
 def sampled(project, *args, stdin=None):
-    return run_script(project, "sample.py", "--device=cpu", "--dtype=float32", *args).stdout
+    return run_script(project, "sample.py", "--device=cpu", "--dtype=float32", *args, stdin=stdin).stdout
 
 
 def story(printed):
@@ -136,7 +136,7 @@ def greedy_answer(project, adapter):
     prompt = torch.tensor([encode_conversation(tokenizer, [("Who is it?", "A fox.", None)], "short")[0]])
     return tokenizer.decode(
         [t.item() for t in model.eval().generate(prompt, 20, temperature=0, stop_ids=[tokenizer.eot])]
-    )
+    ).lstrip()
 
 
 def test_an_instruction_is_rendered_as_in_training(tuned):
@@ -164,9 +164,34 @@ def test_a_conversation(tuned):
     "args, message",
     [
         (["--adapter=nowhere"], "no adapter here"),
-        (["--adapter=out/tuned/best", "--model=out/nowhere"], "not a Gemma 3 model directory"),
+        (["--adapter=out/tuned/best", "--model=out/nowhere"], "out/nowhere: not a directory here"),
         (["--compare=True"], "compare needs an adapter"),
     ],
 )
 def test_mistakes_with_adapters(tuned, args, message):
     assert message in fails(tuned, "sample.py", *args)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# published checkpoints
+
+
+def test_a_published_model_from_the_hub_takes_turns(project, hub, tmp_path):
+    """Its answer is the one transformers gives, from the prompt that its own chat template makes."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    hub["google/gemma-3-270m-it"], hub["google/gated"] = publish_gemma(tmp_path, instructed=True), None
+    how = ("--model=google/gemma-3-270m-it", "--temperature=0", "--max_new_tokens=30")
+    tokenizer, peer = AutoTokenizer.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)
+    messages = [{"role": "user", "content": "Tell a fable about <eos>."}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids.count(tokenizer.eos_token_id) == 1
+    ids[ids.index(tokenizer.eos_token_id) : ids.index(tokenizer.eos_token_id) + 1] = tokenizer(
+        "<eos>", add_special_tokens=False, split_special_tokens=True
+    ).input_ids  # what a user writes is text to us, and a control token to transformers
+    made = peer.float().generate(torch.tensor([ids]), max_new_tokens=30, do_sample=False)[0, len(ids) :]
+    answer = tokenizer.decode(made, skip_special_tokens=True).lstrip()
+    assert story(sampled(project, *how, "--instruct=Tell a fable about <eos>.")) == answer
+    assert sampled(project, *how, "--interactive=True", stdin="Tell a fable about <eos>.\n").count(answer) == 1
+    assert "accept its terms" in fails(project, "sample.py", "--model=google/gated")
+    assert "neither a directory here" in fails(project, "sample.py", "--model=google/none")
