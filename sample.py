@@ -1,5 +1,5 @@
 """
-Read what a model writes.
+Read what a model writes, or export it for llama.cpp.
 
     python sample.py --start="Once upon"                  # the newest best checkpoint under out/
     python sample.py --out_dir=out/fables --num_samples=4
@@ -8,9 +8,12 @@ Read what a model writes.
     python sample.py --interactive=True                   # keeps asking for a beginning
     python sample.py --adapter=out/lora-fables/best --instruct="What is the lesson of this fable?" --input="Once ..."
     python sample.py --adapter=out/lora-fables/best --interactive=True   # a conversation
+    python sample.py --out_dir=out/fables --export_gguf=fables.gguf      # a file for llama.cpp and Ollama
 """
 
 import json
+import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +21,9 @@ from pathlib import Path
 import torch
 
 from config import UserError, run
-from lora import load_adapter
-from prepare import Tokenizer, encode_conversation, end_of_response, hub_directory, template_of
+from lora import load_adapter, merge_lora
+from model import SLIDING
+from prepare import GPT2_PATTERN, Tokenizer, encode_conversation, end_of_response, hub_directory, template_of
 from train import open_model, pick_device, pick_dtype, whole_checkpoint
 
 
@@ -43,6 +47,8 @@ class SampleConfig:
     repetition_penalty: float = 1.0  # above 1: tokens seen before become less likely
     seed: int = 1337  # the same seed gives the same text
     interactive: bool = False  # read lines from the terminal: beginnings to continue, or with an adapter a conversation
+    export_gguf: str = ""  # write the model, with the adapter merged in, to this file instead of sampling
+    gguf_type: str = "bf16"  # what its matrices are stored as: f32, bf16, f16 or q8_0
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "auto"  # bfloat16, float32; auto: bfloat16 where it is fast
 
@@ -52,6 +58,8 @@ class SampleConfig:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least {low}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
+        if self.gguf_type not in ("f32", "bf16", "f16", "q8_0"):
+            raise ValueError(f"gguf_type={self.gguf_type!r} must be f32, bf16, f16 or q8_0")
         if self.compare and not (self.adapter and self.instruct):
             raise ValueError("compare needs an adapter and an instruct to answer")
         if self.repetition_penalty <= 0:
@@ -111,6 +119,93 @@ def write(model, tokenizer, text, ids, stops, cfg):
     return texts[0]
 
 
+def export_gguf(model, tokenizer, path, matrix_type):
+    """Write a float32 model and its tokenizer as a GGUF file, which llama.cpp and what is built on it read.
+
+    matrix_type: f32, bf16, f16 or q8_0. Names, shapes and metadata are those of llama.cpp's conversion/gemma.py."""
+    import gguf  # needed here alone
+    from gguf import GGMLQuantizationType as Type
+
+    c, arch = model.config, gguf.MODEL_ARCH.GEMMA3
+    wanted = Type[matrix_type.upper()]
+    writer = gguf.GGUFWriter(f"{path}.part", gguf.MODEL_ARCH_NAMES[arch])
+    writer.add_name(Path(path).stem)
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if wanted == Type.F32 else f"MOSTLY_{wanted.name}"])
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_key_length(c.head_dim)
+    writer.add_value_length(c.head_dim)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_sliding_window(c.sliding_window)
+    writer.add_sliding_window_pattern([kind == SLIDING for kind in c.layer_types])
+    writer.add_rope_freq_base(c.rope_theta)
+    writer.add_rope_freq_base_swa(c.rope_local_base_freq)
+    if c.rope_linear_factor != 1:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(c.rope_linear_factor)
+    add_gguf_tokenizer(writer, tokenizer, c.vocab_size)
+
+    # llama.cpp knows the attention scale of each published size; ours, where it differs, goes into the queries' norm
+    theirs = c.hidden_size // c.num_attention_heads if c.num_hidden_layers == 62 else c.head_dim
+    query_scale = (theirs / c.query_pre_attn_scalar) ** 0.5
+    names = gguf.get_tensor_name_map(arch, c.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        array, stored = weight.float().cpu().numpy(), wanted
+        if array.ndim == 1:  # a norm: its gain is 1 + weight here and weight there
+            array, stored = (1 + array) * (query_scale if name.endswith("q_norm.weight") else 1), Type.F32
+        elif wanted == Type.Q8_0 and array.shape[1] % 32:  # blocks of 32 don't fit
+            stored = Type.BF16
+        writer.add_tensor(names.get_name(name, (".weight",)), gguf.quantize(array, stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    os.replace(f"{path}.part", path)
+
+
+def add_gguf_tokenizer(writer, tokenizer, num_rows):
+    """The tokenizer, as llama.cpp's "gpt2" kind where it is byte-level BPE cut as GPT-2's is, as its "llama" kind where
+    it is BPE with byte fallback as Gemma's. num_rows: of the embedding, which the list of tokens must match."""
+    from gguf import TokenType
+
+    model, added = tokenizer.spec["model"], tokenizer.spec["added_tokens"]
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    tokens = [f"[unused{i}]" for i in range(num_rows)]
+    types = [TokenType.UNUSED] * num_rows
+    for text, i in model["vocab"].items():
+        is_byte = model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", text)
+        tokens[i], types[i] = text, TokenType.BYTE if is_byte else TokenType.NORMAL
+    for token in added:
+        if token["id"] < num_rows:  # published models have no row for <image_soft_token>
+            kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+            tokens[token["id"]], types[token["id"]] = token["content"], kind
+    if tokenizer.bpe and tokenizer.bpe._pat_str == GPT2_PATTERN:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_merges([" ".join(pair) for pair in merges])
+    elif model.get("byte_fallback"):
+        writer.add_tokenizer_model("llama")
+        ranks = {a + b: rank for rank, (a, b) in reversed(list(enumerate(merges)))}
+        writer.add_token_scores([-float(ranks.get(text, len(merges))) for text in tokens])  # the highest merges first
+        writer.add_add_space_prefix(False)
+    else:
+        raise UserError(
+            "GGUF export knows two ways to cut words: GPT-2's (gpt2, bpe:SIZE) and Gemma's; not this tokenizer's"
+        )
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_bos_token_id(tokenizer.bos)
+    writer.add_eos_token_id(tokenizer.eot)
+    writer.add_pad_token_id(tokenizer.pad)
+    writer.add_add_bos_token(True)
+    if chat := tokenizer.config.get("chat_template"):
+        writer.add_chat_template(chat)
+
+
 def open_adapter(model, path):
     try:
         return load_adapter(model, path)
@@ -123,6 +218,10 @@ def main(cfg):
     dtype = pick_dtype(cfg.dtype, device)
     adapter = hub_directory(cfg.adapter) if cfg.adapter else None
     path = find_checkpoint(cfg, adapter)
+    if cfg.export_gguf:
+        if not Path(cfg.export_gguf).parent.is_dir():
+            raise UserError(f"--export_gguf={cfg.export_gguf}: no folder {Path(cfg.export_gguf).parent}")
+        device, dtype = torch.device("cpu"), torch.float32
     model = open_model(path, device, dtype).eval()
     tokenizer = Tokenizer.load(path)
     template = (adapter and template_of(adapter, tokenizer)) or template_of(path, tokenizer)
@@ -144,6 +243,10 @@ def main(cfg):
         print("tuned:\n")
     if adapter:
         open_adapter(model, adapter).to(dtype).eval()
+    if cfg.export_gguf:
+        export_gguf(merge_lora(model), tokenizer, cfg.export_gguf, cfg.gguf_type)
+        size = os.path.getsize(cfg.export_gguf)
+        return print(f"{cfg.export_gguf}: {size / 1e6:,.1f} MB; llama-cli -m {cfg.export_gguf} runs it")
     if cfg.interactive:
         return converse(continue_text, answer, chat=bool(adapter or template))
     if cfg.instruct:

@@ -1,9 +1,13 @@
+import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY, copy_project, fails, publish_gemma, run_script
+from transformers import AutoModelForCausalLM
 
+from data import fable_grammar
 from model import Gemma
 from prepare import Tokenizer
 
@@ -178,7 +182,7 @@ def test_mistakes_with_adapters(tuned, args, message):
 
 def test_a_published_model_from_the_hub_takes_turns(project, hub, tmp_path):
     """Its answer is the one transformers gives, from the prompt that its own chat template makes."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     hub["google/gemma-3-270m-it"], hub["google/gated"] = publish_gemma(tmp_path, instructed=True), None
     how = ("--model=google/gemma-3-270m-it", "--temperature=0", "--max_new_tokens=30")
@@ -195,3 +199,111 @@ def test_a_published_model_from_the_hub_takes_turns(project, hub, tmp_path):
     assert sampled(project, *how, "--interactive=True", stdin="Tell a fable about <eos>.\n").count(answer) == 1
     assert "accept its terms" in fails(project, "sample.py", "--model=google/gated")
     assert "neither a directory here" in fails(project, "sample.py", "--model=google/none")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# GGUF
+
+
+@pytest.fixture(scope="module")
+def hard(project):
+    """A model whose every peculiarity shows within a hundred tokens, trained a little so that it is sure of itself."""
+    shape = "--sliding_window=12 --query_pre_attn_scalar=23 --rope_linear_factor=8 --rope_theta=500 --head_dim=32"
+    run_script(
+        project, "train.py", "--dataset=fables", *TINY, *shape.split(), "--hidden_size=64", "--num_hidden_layers=4",
+        "--sliding_window_pattern=3", "--max_iters=30", "--eval_interval=30", "--learning_rate=0.01",
+        "--out_dir=out/hard",
+    )  # fmt: skip
+    return project / "out/hard/best"
+
+
+TEXT = "Once upon a time a fox said: 'I'll go!' " * 3
+
+
+def export(project, model, kind, *args):
+    file = project / f"{Path(model).parent.name}-{kind}.gguf"
+    run_script(project, "sample.py", f"--model={model}", f"--export_gguf={file}", f"--gguf_type={kind}", *args)
+    return file
+
+
+def greedy(path, ids, count=100):
+    """Ours, and transformers', neither stopping at end-of-text."""
+    prompt = torch.tensor([ids])
+    ours = [t.item() for t in Gemma.from_pretrained(path).eval().generate(prompt, count, temperature=0)]
+    peer = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    peer.generation_config.eos_token_id = None
+    everything = torch.ones_like(prompt)  # else the first token, which is also the one for padding, is masked
+    theirs = peer.generate(prompt, attention_mask=everything, max_new_tokens=count, do_sample=False)[
+        0, len(ids) :
+    ].tolist()
+    assert ours == theirs
+    return ours
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16", "f16", "q8_0"])
+def test_a_gguf_file_holds_the_weights(project, hard, kind):
+    """Read by the gguf package: every weight, norms with 1 added as llama.cpp expects, as exact as its type."""
+    import gguf
+
+    file = gguf.GGUFReader(export(project, hard, kind))
+    tensors = {t.name: torch.tensor(gguf.dequantize(t.data, t.tensor_type)) for t in file.tensors}
+    state = Gemma.from_pretrained(hard).state_dict()
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, 4)
+    assert len(tensors) == len(state)
+    for name, weight in state.items():
+        got = tensors[names.get_name(name, (".weight",))]
+        if weight.ndim == 1:
+            gain = (1 + weight) * (32 / 23) ** 0.5 if "q_norm" in name else 1 + weight
+            torch.testing.assert_close(got, gain)
+        else:
+            error = {"f32": 0, "bf16": 2**-8, "f16": 2**-11, "q8_0": 1 / 127}[kind] * weight.abs().max()
+            assert (got - weight).abs().max() <= error, name
+
+
+def test_llama_cpp_writes_what_we_write(project, hard):
+    """Both layer types, a prompt beyond the window, an attention scale and RoPE bases of our own, scaled positions."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which takes minutes to build")
+    peer = open_in_llama_cpp(llama_cpp, export(project, hard, "f32"))
+    tokenizer = Tokenizer.load(hard)
+    ids = [tokenizer.bos, *map(int, tokenizer.encode(TEXT))]
+    assert peer.tokenize(TEXT.encode(), add_bos=True, special=False) == ids
+    assert list(itertools.islice(peer.generate(ids, temp=0, top_k=1, repeat_penalty=1.0), 100)) == greedy(hard, ids)
+
+
+def open_in_llama_cpp(llama_cpp, file):
+    return llama_cpp.Llama(str(file), n_ctx=512, verbose=False, type_k=llama_cpp.GGML_TYPE_F32,
+                           type_v=llama_cpp.GGML_TYPE_F32, swa_full=False)  # fmt: skip
+
+
+def test_llama_cpp_reads_gemmas_tokenizer(project, tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which takes minutes to build")
+    published = publish_gemma(tmp_path / "published", instructed=True)
+    peer = open_in_llama_cpp(llama_cpp, export(project, published, "f32"))
+    tokenizer = Tokenizer.load(published)
+    fable, _ = fable_grammar.tell("gguf")
+    for text in (fable, "A fox.\n\nÜber <eos> 🦆"):
+        assert peer.tokenize(text.encode(), add_bos=True, special=False) == [2, *tokenizer.encode(text).tolist()]
+    assert peer.token_eos() == 1 and "<start_of_turn>" in peer.metadata["tokenizer.chat_template"]
+
+
+def test_an_adapter_is_merged_into_the_export(tuned):
+    import gguf
+
+    args = ("--adapter=out/tuned/best", "--export_gguf=tuned.gguf", "--gguf_type=f32")
+    run_script(tuned, "sample.py", *args)
+    tensors = {t.name: torch.tensor(t.data) for t in gguf.GGUFReader(tuned / "tuned.gguf").tensors}
+    from lora import load_adapter, merge_lora
+
+    model = merge_lora(load_adapter(Gemma.from_pretrained(tuned / "out/fables/best"), tuned / "out/tuned/best"))
+    torch.testing.assert_close(tensors["blk.1.ffn_up.weight"], model.model.layers[1].mlp.up_proj.weight.detach())
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--gguf_type=q4_k", "--export_gguf=x.gguf"], "f32, bf16, f16 or q8_0"),
+        (["--export_gguf=no/folder/x.gguf"], "no/folder"),
+    ],
+)
+def test_mistakes_of_an_export(project, args, message):
+    assert message in fails(project, "sample.py", "--out_dir=out/fables", *args)
