@@ -3,6 +3,8 @@
 python -m pytest -n 0 -m slow -s tests/test_quick_start.py
 """
 
+import importlib.util
+import itertools
 import json
 import re
 import shlex
@@ -11,6 +13,7 @@ import time
 import pytest
 import torch
 from conftest import HOME, copy_project, run_script
+from test_sample import export, greedy, open_in_llama_cpp
 
 from data import fable_grammar
 from model import Gemma
@@ -72,3 +75,21 @@ def test_the_second_chapter_follows_held_out_instructions_and_forgets_little(pro
     assert after < 1.1 * before
     trained, total = map(int, re.search(r"trained: ([\d,]+) of ([\d,]+)", printed)[0].replace(",", "").split()[1::2])
     assert trained <= 0.05 * total
+
+
+@pytest.mark.slow
+def test_the_quick_start_model_writes_the_same_everywhere(project):
+    """The likeliest hundred tokens: ours, transformers', and where it is installed llama.cpp's from our GGUF file."""
+    path, _ = project
+    best = path / "out/fables/best"
+    tokenizer = Tokenizer.load(best)
+    file = export(path, best, "f32")
+    for start in ("Once upon a time", "The friend of the lion said: ", fable_grammar.tell("everywhere")[0][:300]):
+        ids = [tokenizer.bos, *map(int, tokenizer.encode(start))]
+        ours = greedy(best, ids)
+        if importlib.util.find_spec("llama_cpp"):
+            peer = open_in_llama_cpp(file)
+            assert peer.tokenize(start.encode(), add_bos=True, special=False) == ids
+            assert list(itertools.islice(peer.generate(ids, temp=0, top_k=1, repeat_penalty=1.0), 100)) == ours
+        else:
+            print("\nllama.cpp is not installed: not compared")

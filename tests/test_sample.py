@@ -1,5 +1,6 @@
 import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -262,23 +263,22 @@ def test_a_gguf_file_holds_the_weights(project, hard, kind):
 
 def test_llama_cpp_writes_what_we_write(project, hard):
     """Both layer types, a prompt beyond the window, an attention scale and RoPE bases of our own, scaled positions."""
-    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which takes minutes to build")
-    peer = open_in_llama_cpp(llama_cpp, export(project, hard, "f32"))
+    peer = open_in_llama_cpp(export(project, hard, "f32"))
     tokenizer = Tokenizer.load(hard)
     ids = [tokenizer.bos, *map(int, tokenizer.encode(TEXT))]
     assert peer.tokenize(TEXT.encode(), add_bos=True, special=False) == ids
     assert list(itertools.islice(peer.generate(ids, temp=0, top_k=1, repeat_penalty=1.0), 100)) == greedy(hard, ids)
 
 
-def open_in_llama_cpp(llama_cpp, file):
+def open_in_llama_cpp(file):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which takes minutes to build")
     return llama_cpp.Llama(str(file), n_ctx=512, verbose=False, type_k=llama_cpp.GGML_TYPE_F32,
                            type_v=llama_cpp.GGML_TYPE_F32, swa_full=False)  # fmt: skip
 
 
 def test_llama_cpp_reads_gemmas_tokenizer(project, tmp_path):
-    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which takes minutes to build")
     published = publish_gemma(tmp_path / "published", instructed=True)
-    peer = open_in_llama_cpp(llama_cpp, export(project, published, "f32"))
+    peer = open_in_llama_cpp(export(project, published, "f32"))
     tokenizer = Tokenizer.load(published)
     fable, _ = fable_grammar.tell("gguf")
     for text in (fable, "A fox.\n\nÜber <eos> 🦆"):
@@ -307,3 +307,38 @@ def test_an_adapter_is_merged_into_the_export(tuned):
 )
 def test_mistakes_of_an_export(project, args, message):
     assert message in fails(project, "sample.py", "--out_dir=out/fables", *args)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# evaluation harness
+
+TASK = """
+task: fables
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: bits_per_byte, higher_is_better: false}]
+"""
+
+
+def test_the_evaluation_harness_measures_what_we_measure(project, tmp_path):
+    """lm-evaluation-harness on a run's best checkpoint, a task of our own, no network: our bits per byte."""
+    fables = [fable_grammar.tell(f"harness/{i}")[0] for i in range(8)]
+    (tmp_path / "fables.jsonl").write_text("".join(json.dumps({"text": fable}) + "\n" for fable in fables))
+    (tmp_path / "fables.yaml").write_text(TASK % (tmp_path / "fables.jsonl"))
+    run_script(
+        project, "-m", "lm_eval", "run", "--model=hf", "--model_args=pretrained=out/fables/best,dtype=float32",
+        "--tasks=fables", f"--include_path={tmp_path}", "--device=cpu", f"--output_path={tmp_path}/results.json",
+    )  # fmt: skip
+    (results,) = tmp_path.glob("results*.json")
+    tokenizer, model = Tokenizer.load(project / "out/fables/best"), Gemma.from_pretrained(project / "out/fables/best")
+    nats = 0.0
+    for fable in fables:
+        ids = torch.tensor([[tokenizer.bos, *map(int, tokenizer.encode(fable))]])
+        nats += model(ids[:, :-1], ids[:, 1:], reduction="sum").item()
+    bits_per_byte = nats / math.log(2) / sum(len(fable.encode()) for fable in fables)
+    measured = json.loads(results.read_text())["results"]["fables"]["bits_per_byte,none"]
+    assert measured == pytest.approx(bits_per_byte, rel=1e-4)
