@@ -84,7 +84,8 @@ def test_the_quick_start_model_writes_the_same_everywhere(project):
     best = path / "out/fables/best"
     tokenizer = Tokenizer.load(best)
     file = export(path, best, "f32")
-    for start in ("Once upon a time", "The friend of the lion said: ", fable_grammar.tell("everywhere")[0][:300]):
+    # where two names are equally likely, to 4e-5 in the logits after "The friend of the lion said: ", either may win
+    for start in ("Once upon a time", *(fable_grammar.tell(f"everywhere/{i}")[0][:300] for i in range(5))):
         ids = [tokenizer.bos, *map(int, tokenizer.encode(start))]
         ours = greedy(best, ids)
         if importlib.util.find_spec("llama_cpp"):
