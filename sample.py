@@ -32,9 +32,7 @@ class SampleConfig:
     start: str = ""  # the beginning of the text; FILE:path reads it from a file; empty: a new document
     out_dir: str = ""  # sample from the best checkpoint of this run; empty: of the newest run under out/
     model: str = ""  # or from this model directory, or a Hub id of a Gemma 3
-    adapter: str = (
-        ""  # a LoRA adapter (directory or Hub id) to put on it; the model is by default the one it was trained on
-    )
+    adapter: str = ""  # a LoRA adapter to put on it; the model is by default the one it was trained on
     instruct: str = ""  # an instruction to answer, rendered as in training
     input: str = ""  # the text the instruction is about
     compare: bool = False  # answer the instruction without the adapter first
