@@ -143,9 +143,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y * (1 + self.weight.float())).type_as(x)
+        return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.eps).type_as(x)
 
 
 def rope_table(positions, head_dim, base, factor):
@@ -160,7 +158,7 @@ def apply_rope(x, rope):
     """Rotate x (B, heads, T, D) by its positions. Pairs are (d, d + D/2), the layout of the published weights."""
     cos, sin = rope
     a, b = x.float().chunk(2, dim=-1)  # (B, heads, T, D/2) each
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+    return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), dim=-1).type_as(x)
 
 
 class KVCache:
@@ -189,6 +187,9 @@ class KVCache:
         return ring[:, :, :, : self.length + 1].unbind()
 
 
+QUERIES = 128  # in a block of attend_in_blocks: what was fastest of 64 to 512 at T 224 to 512
+
+
 class Attention(nn.Module):
     """Grouped-query attention with RMSNorm on queries and keys, then RoPE."""
 
@@ -197,6 +198,7 @@ class Attention(nn.Module):
         C, D = config.hidden_size, config.head_dim
         self.layer = layer
         self.head_dim = D
+        self.window = config.sliding_window if config.layer_types[layer] == SLIDING else config.max_position_embeddings
         self.scale = config.query_pre_attn_scalar**-0.5
         self.dropout = dropout
         self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=False)
@@ -215,10 +217,31 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
-        # without a mask: the plain causal kernel; a single new token sees everything in the cache
-        causal = mask is None and T > 1
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=self.scale, enable_gqa=True)
+        if x.device.type == "cpu" and T > 1:
+            y = attend_in_blocks(q, k, v, self.window, self.scale, dropout)
+        else:
+            # without a mask: the plain causal kernel; a single new token sees everything in the cache
+            causal = mask is None and T > 1
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=self.scale, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H*D) -> (B, T, C)
+
+
+def attend_in_blocks(q, k, v, window, scale, dropout):
+    """Causal attention of q (B, H, T, D) to k, v (B, K, T, D), each query to the `window` last keys up to its own.
+
+    On CPUs faster than PyTorch's flash kernel (python tests/benchmark.py --job=attention), above all backward. Some
+    queries at a time multiply the keys that any of them can see, so what lies beyond a window costs nothing."""
+    (B, H, T, D), K = q.shape, k.shape[1]
+    positions, blocks = torch.arange(T, device=q.device), []
+    for start in range(0, T, QUERIES):
+        end, first = min(start + QUERIES, T), max(0, start + 1 - window)
+        q_i = q[:, :, start:end].reshape(B, K, -1, D)  # heads that share keys make one product
+        scores = (q_i @ k[:, :, first:end].transpose(2, 3)).view(B, H, end - start, end - first).float() * scale
+        distance = positions[start:end, None] - positions[first:end]
+        scores = scores.masked_fill((distance < 0) | (distance >= window), -math.inf)
+        weights = F.dropout(scores.softmax(-1), dropout).type_as(v)
+        blocks.append((weights.view(B, K, -1, end - first) @ v[:, :, first:end]).view(B, H, end - start, D))
+    return torch.cat(blocks, dim=2)
 
 
 class MLP(nn.Module):
@@ -254,6 +277,43 @@ class Block(nn.Module):
         x = x + self.dropout(self.post_attention_layernorm(y))
         y = self.mlp(self.pre_feedforward_layernorm(x))
         return x + self.dropout(self.post_feedforward_layernorm(y))
+
+
+class HeadLoss(torch.autograd.Function):
+    """The head and its cross-entropy, summed over targets that are not -100, without ever holding all the logits: those
+    of B 32, T 1024 and 50,304 tokens would take 6.6 GB. Some rows at a time make their logits, their loss and, while
+    these are at hand, their part of the gradients, which backward then only scales."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, with_gradients):
+        """x (N, C), weight (V, C), targets (N,) -> a float32 number."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        w = weight.to(dtype)
+        grad_x = torch.empty_like(x) if with_gradients else None
+        grad_w = torch.zeros_like(weight, dtype=torch.float32) if with_gradients and ctx.needs_input_grad[1] else None
+        loss = torch.zeros((), device=x.device)
+        rows = max(1, (2**24 if device == "cpu" else 2**27) // len(weight))  # 64 MB of float32 logits, or 512 MB
+        tokens = torch.arange(len(weight), device=x.device)
+        for i in range(0, len(x), rows):
+            x_i, y = x[i : i + rows].to(dtype), targets[i : i + rows, None]
+            logits = F.linear(x_i, w).float()  # (rows, V)
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            index, kept = y.clamp(min=0), y != -100
+            loss += ((log_sum - logits.gather(1, index)) * kept).sum()
+            if with_gradients:
+                # d loss / d logits: the probabilities, less 1 at the target
+                grad = (((logits - log_sum).exp() - (index == tokens).float()) * kept).to(dtype)
+                grad_x[i : i + rows] = grad @ w
+                if grad_w is not None:
+                    grad_w += grad.T @ x_i
+        ctx.save_for_backward(grad_x, grad_w)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x, grad_w = ctx.saved_tensors
+        return grad_x * grad, None if grad_w is None else grad_w * grad, None, None
 
 
 class NumParams(NamedTuple):
@@ -306,7 +366,7 @@ class Gemma(nn.Module):
             FULL: rope_table(positions, config.head_dim, config.rope_theta, config.rope_linear_factor),
         }
         mask = {SLIDING: None, FULL: None}
-        if T > config.sliding_window:  # only then does a sliding layer differ from a causal one
+        if T > config.sliding_window and tokens.device.type != "cpu":  # else a sliding layer is a causal one
             distance = positions[:, None] - positions  # (T, T), query minus key
             mask[SLIDING] = (distance >= 0) & (distance < config.sliding_window)
 
@@ -318,10 +378,11 @@ class Gemma(nn.Module):
         if cache is not None:
             cache.length += T
             x = x[:, -1:]
-        logits = F.linear(self.model.norm(x), embedding)  # (B, T, V)
+        x = self.model.norm(x)
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction=reduction)
+            return F.linear(x, embedding)  # (B, T, V)
+        loss = HeadLoss.apply(x.flatten(0, 1), embedding, targets.flatten(), torch.is_grad_enabled())
+        return loss / (targets != -100).sum() if reduction == "mean" else loss
 
     def num_params(self):
         embedding = self.model.embed_tokens.weight.numel()
@@ -450,19 +511,19 @@ def read_tensor(file, name, device):
 
 
 def sample_token(logits, temperature, top_k=None, top_p=None, min_p=None, generator=None):
-    """Draw from logits (B, V) -> (B,) token ids; temperature 0 takes the likeliest."""
+    """Draw from logits (B, V) -> (B,) token ids: from the top_k likeliest, filtered; temperature 0: the likeliest."""
     if temperature == 0:
         return logits.argmax(-1)
-    probs = filter_logits(logits / temperature, top_k, top_p, min_p).softmax(-1)
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+    logits, tokens = logits / temperature, None
+    if top_k:  # draw among these alone: much faster than among a whole vocabulary of which the most have no chance
+        logits, tokens = logits.topk(min(top_k, logits.shape[-1]))
+    drawn = torch.multinomial(filter_logits(logits, top_p, min_p).softmax(-1), 1, generator=generator)
+    return (drawn if tokens is None else tokens.gather(1, drawn))[:, 0]
 
 
-def filter_logits(logits, top_k=None, top_p=None, min_p=None):
-    """Set to -inf what sampling shall not draw from logits (B, V). The filters apply in transformers' order: keep the
-    top_k likeliest, then the smallest set of mass top_p, then those at least min_p times as likely as the likeliest."""
-    if top_k:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
+def filter_logits(logits, top_p=None, min_p=None):
+    """Set to -inf what sampling shall not draw from logits (B, V): keep the smallest set of mass top_p, then of those
+    the ones at least min_p times as likely as the likeliest. The order is transformers'."""
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(descending=True)
         probs = ordered.softmax(-1)

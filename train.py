@@ -433,12 +433,29 @@ def open_model(path, device, dtype=torch.float32, dropout=0.0):
 # the loop
 
 
+def update(forward, micro_batches, optimizers, cfg, device, dtype):
+    """One optimizer update from micro-batches of (inputs, targets) -> (loss in nats a target, gradient norm)."""
+    # every target of the update weighs the same, however unevenly micro-batches share them
+    num_targets = sum(int((y != -100).sum()) for _, y in micro_batches)
+    total = torch.zeros((), device=device)
+    for x, y in micro_batches:
+        with autocast(device, dtype):
+            loss = forward(x.to(device), y.to(device), reduction="sum") / num_targets
+        loss.backward()
+        total += loss.detach()
+    trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip or math.inf)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return total, grad_norm
+
+
 def train(cfg, task, optimizers, state, device, dtype):
     """Train task.model until max_iters. `state` is where to begin: step, tokens, seconds, best_val_loss."""
     out_dir, model = Path(cfg.out_dir), task.model
     log = Log(cfg, state["step"])
     forward = torch.compile(model) if cfg.compile else model
-    trainable = [p for p in model.parameters() if p.requires_grad]
     peak = peak_flops(device, dtype)
     step, started = state["step"], time.perf_counter() - state["seconds"]
     resumed_at = step if cfg.init_from == "resume" else -1
@@ -480,27 +497,16 @@ def train(cfg, task, optimizers, state, device, dtype):
                 group["lr"] = lr
         torch.manual_seed(hash((cfg.seed, step)))  # dropout, too, is a function of (seed, step)
         micro_batches = task.updates(step)
-        # every target of the update weighs the same, however unevenly micro-batches share them
-        num_targets = sum(int((y != -100).sum()) for _, y in micro_batches)
-        total = torch.zeros((), device=device)
-        for x, y in micro_batches:
-            with autocast(device, dtype):
-                loss = forward(x.to(device), y.to(device), reduction="sum") / num_targets
-            loss.backward()
-            total += loss.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(trainable, cfg.grad_clip or math.inf)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        loss, grad_norm = update(forward, micro_batches, optimizers, cfg, device, dtype)
         step += 1
         tokens = sum(x.numel() for x, _ in micro_batches)
         state["tokens"] += tokens
         window_tokens, window_steps = window_tokens + tokens, window_steps + 1
         if step % cfg.log_interval == 0 or step == cfg.max_iters:
-            train_loss = total.item()  # waits for the device
+            train_loss = loss.item()  # waits for the device
             now = time.perf_counter()
             rate = window_tokens / (now - window_start)
-            mfu = rate * model.flops_per_token(x.shape[1]) / peak
+            mfu = rate * model.flops_per_token(micro_batches[0][0].shape[1]) / peak
             left = (cfg.max_iters - step) * (now - window_start) / window_steps
             log.write({"event": "step", "step": step, "tokens": state["tokens"], "seconds": now - started,
                        "train_loss": train_loss, "lr": lr, "grad_norm": grad_norm.item(), "tokens_per_sec": rate,

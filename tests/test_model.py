@@ -60,7 +60,7 @@ def test_logits_and_gradients_equal_transformers(tmp_path, kv_heads, factor, pat
     config = small(num_key_value_heads=kv_heads, rope_linear_factor=factor, sliding_window_pattern=pattern)
     model = random_model(config, seed=kv_heads)
     peer = peer_of(model, tmp_path)
-    x = random_tokens(config, 3, 41)
+    x = random_tokens(config, 3, 141)  # longer than a block of attend_in_blocks
     assert (model(x) - peer(x).logits).abs().max() < 1e-4
     y = x[:, 1:].clone()
     y[0, :30] = -100
@@ -169,24 +169,28 @@ def test_greedy_generation_equals_transformers(tmp_path, penalty):
     assert torch.equal(ours, theirs[:, 5:])
 
 
-@pytest.mark.parametrize(
-    "top_k, top_p, min_p", [(5, None, None), (None, 0.7, None), (None, None, 0.2), (30, 0.9, 0.05)]
-)
-def test_filters_equal_transformers(top_k, top_p, min_p):
+@pytest.mark.parametrize("top_p, min_p", [(0.7, None), (None, 0.2), (0.9, 0.05), (None, None)])
+def test_filters_equal_transformers(top_p, min_p):
     logits = 3 * torch.randn(16, 97, generator=torch.Generator().manual_seed(0))
     theirs = logits
-    if top_k:
-        theirs = TopKLogitsWarper(top_k)(None, theirs)
     if top_p:
         theirs = TopPLogitsWarper(top_p)(None, theirs)
     if min_p:
         theirs = MinPLogitsWarper(min_p)(None, theirs)
-    assert torch.equal(filter_logits(logits, top_k, top_p, min_p), theirs)
+    assert torch.equal(filter_logits(logits, top_p, min_p), theirs)
 
 
-def test_top_k_above_the_vocabulary_keeps_everything():
-    logits = torch.randn(2, 10)
-    assert torch.equal(filter_logits(logits, top_k=99), logits)
+@pytest.mark.parametrize("top_k, top_p, min_p", [(5, None, None), (30, 0.9, 0.05), (99, 0.5, None), (1, None, None)])
+def test_tokens_are_drawn_from_what_transformers_leaves(top_k, top_p, min_p):
+    """As often as their probabilities say; a top_k above the vocabulary keeps all of it."""
+    logits = 2 * torch.randn(1, 40, generator=torch.Generator().manual_seed(1))
+    left = TopKLogitsWarper(top_k)(None, logits / 0.8)
+    left = TopPLogitsWarper(top_p)(None, left) if top_p else left
+    left = MinPLogitsWarper(min_p)(None, left) if min_p else left
+    drawn = sample_token(logits.expand(20_000, 40), 0.8, top_k, top_p, min_p, torch.Generator().manual_seed(0))
+    shares = drawn.bincount(minlength=40) / len(drawn)
+    assert not shares[left[0] == -torch.inf].any()
+    assert torch.allclose(shares, left[0].softmax(-1), atol=0.015)
 
 
 def test_sampling_follows_the_distribution():

@@ -1,0 +1,242 @@
+"""
+Speed and memory of each job, one JSON line a result. Not collected by pytest: timings are measured, not asserted.
+
+    python tests/benchmark.py --job=train --shape=270m --batch_size=4 --block_size=512
+    python tests/benchmark.py --job=lora --shape=270m --batch_size=4 --block_size=256 --rank=4
+    python tests/benchmark.py --job=generate --shape=270m --batch_size=1 --new_tokens=64
+    python tests/benchmark.py --job=prepare                                   # GPT-2's vocabulary on 50 MB of fables
+    python tests/benchmark.py --job=train --shape=small --batch_size=32 --block_size=256 --peer=hf_peer.py --rounds=3
+
+With --peer, a script that takes the same job and settings and prints such a line too, the two run in turn, each in a
+process of its own, and a last line gives the medians and their ratio. --profile=True prints where the time goes.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+import train
+from config import UserError, run
+from lora import add_lora
+from model import Gemma, GemmaConfig, attend_in_blocks
+
+SHAPES = {  # vocab_size, hidden_size, layers, heads, key/value heads, head_dim, intermediate_size
+    "270m": (50304, 640, 18, 4, 1, 256, 2048),
+    "small": (4096, 256, 6, 4, 1, 64, 1024),
+    "fables": (2048, 192, 4, 3, 3, 64, 512),
+}
+
+
+@dataclass
+class BenchmarkConfig:
+    job: str = "train"  # train, lora, generate, prepare, attention
+    shape: str = "small"  # 270m, small, fables
+    batch_size: int = 4  # rows in an update, or sequences generated at once
+    block_size: int = 512  # tokens in a row
+    gradient_accumulation_steps: int = 1  # micro-batches that the rows are divided into
+    optimizer: str = "adamw"  # adamw or muon
+    rank: int = 4  # of LoRA
+    new_tokens: int = 64  # generated
+    steps: int = 6  # timed repetitions
+    compile: bool = True  # torch.compile the model
+    dtype: str = "bfloat16"  # bfloat16, float32
+    device: str = "auto"  # auto, cpu, cuda
+    profile: bool = False  # print the ten operations that take longest
+    peer: str = ""  # a script to run in turn with this one
+    rounds: int = 3  # of both
+
+
+def build(cfg, device):
+    vocab, hidden, layers, heads, kv_heads, head_dim, intermediate = SHAPES[cfg.shape]
+    config = GemmaConfig(
+        vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, head_dim=head_dim, intermediate_size=intermediate,
+        max_position_embeddings=4096, sliding_window=512,
+    )  # fmt: skip
+    with torch.device(device):
+        return Gemma(config).init_weights(0)
+
+
+def wait_for(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_mb(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def timed(device, step, count):
+    """Seconds of each of count calls."""
+    times = []
+    for _ in range(count):
+        started = time.perf_counter()
+        step()
+        wait_for(device)
+        times.append(time.perf_counter() - started)
+    return times
+
+
+def training(cfg, device, dtype):
+    """Updates as train.py makes them, on random tokens -> (a function that makes one, tokens in it, the model)."""
+    model = build(cfg, device)
+    if cfg.job == "lora":
+        add_lora(model, cfg.rank, 2.0 * cfg.rank)
+    loop = train.TrainConfig(optimizer=cfg.optimizer, learning_rate=1e-4, compile=cfg.compile)
+    optimizers = train.make_optimizers(model, loop)
+    forward = torch.compile(model) if cfg.compile else model
+    rows = torch.randint(1, model.config.vocab_size, (cfg.batch_size, cfg.block_size + 1))
+    micro_batches = [(part[:, :-1], part[:, 1:]) for part in rows.chunk(cfg.gradient_accumulation_steps)]
+    model.train()
+
+    def step():
+        train.update(forward, micro_batches, optimizers, loop, device, dtype)
+
+    return step, cfg.batch_size * cfg.block_size, model
+
+
+def generation(cfg, device, dtype):
+    model = build(cfg, device).to(dtype).eval()
+    prompt = torch.randint(1, model.config.vocab_size, (cfg.batch_size, 16), device=device)
+
+    def step():
+        for _ in model.generate(prompt, cfg.new_tokens, top_k=50):
+            pass
+
+    return step, cfg.batch_size * cfg.new_tokens, model
+
+
+def bandwidth(device, dtype):
+    """Bytes per second at which matrix-vector products read a matrix too large for any cache."""
+    matrix = torch.randn(2**14, 2**13, device=device).to(dtype)
+    vector = torch.randn(1, 2**13, device=device).to(dtype)
+    times = timed(device, lambda: torch.nn.functional.linear(vector, matrix), 10)
+    return matrix.numel() * matrix.element_size() / min(times)
+
+
+def measure(cfg):
+    device = train.pick_device(cfg.device)
+    dtype = train.pick_dtype(cfg.dtype, device)
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    step, tokens, model = (generation if cfg.job == "generate" else training)(cfg, device, dtype)
+    warmup = 2 if cfg.job != "generate" else 1
+    times = timed(device, step, warmup + cfg.steps)
+    rate = tokens / statistics.median(times[warmup:])
+    result = {
+        "job": cfg.job, "shape": cfg.shape, "device": str(device), "dtype": cfg.dtype, "compile": cfg.compile,
+        "batch_size": cfg.batch_size, "block_size": cfg.block_size, "tokens_per_sec": round(rate, 1),
+        "first_step_sec": round(times[0], 1), "peak_memory_mb": round(peak_memory_mb(device)),
+    }  # fmt: skip
+    if cfg.job == "generate":
+        # a step reads every matrix once, whatever the batch
+        result["share_of_bandwidth"] = round(
+            rate / cfg.batch_size * model.num_params().total * dtype.itemsize / bandwidth(device, dtype), 2
+        )
+    else:
+        result["optimizer"] = cfg.optimizer
+        result["mfu"] = round(rate * model.flops_per_token(cfg.block_size) / train.peak_flops(device, dtype), 3)
+    print(json.dumps(result), flush=True)
+    if cfg.profile:
+        with torch.profiler.profile(profile_memory=False) as profile:
+            step()
+            wait_for(device)
+        print(profile.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=10))
+
+
+def measure_attention(cfg):
+    """Forward and backward of one layer's attention on the CPU: our blocks, and PyTorch's kernel, both compiled."""
+    _, _, _, heads, kv_heads, head_dim, _ = SHAPES[cfg.shape]
+    dtype = train.pick_dtype(cfg.dtype, torch.device("cpu"))
+
+    def random(h):  # laid out as the projections leave it
+        return torch.randn(cfg.batch_size, cfg.block_size, h, head_dim, dtype=dtype).transpose(1, 2).requires_grad_()
+
+    q, k, v = random(heads), random(kv_heads), random(kv_heads)
+    scale = head_dim**-0.5
+
+    def blocks(q, k, v):
+        return attend_in_blocks(q, k, v, cfg.block_size, scale, 0.0)
+
+    def kernel(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+
+    result = {"job": "attention", "shape": cfg.shape, "batch_size": cfg.batch_size, "block_size": cfg.block_size}
+    for name, function in (("blocks", blocks), ("kernel", kernel)):
+        forward = torch.compile(function)
+        times = timed(torch.device("cpu"), lambda: forward(q, k, v).backward(q.detach()), 3 + 3 * cfg.steps)  # noqa: B023
+        result[f"{name}_ms"] = round(1000 * statistics.median(times[3:]), 2)
+    print(json.dumps(result))
+
+
+def measure_prepare():
+    """A text file to bins with GPT-2's vocabulary, in a process of its own."""
+    import tempfile
+
+    home = Path(__file__).parent.parent
+    sys.path.insert(0, str(home))
+    from data import fable_grammar
+
+    with tempfile.TemporaryDirectory(dir=home / "data") as folder:
+        file = Path(folder) / "benchmark.txt"
+        fables = [fable_grammar.tell(f"benchmark/{i}")[0] for i in range(2000)]
+        with open(file, "w") as f:
+            for i in range(40):
+                f.writelines(f"{fable[i:]}\n<|endoftext|>\n" for fable in fables)
+        name = f"{Path(folder).name}/set"
+        started = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "prepare.py", f"--dataset={file}", "--tokenizer=gpt2", f"--name={name}"],
+            cwd=home, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        seconds = time.perf_counter() - started
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        megabytes = file.stat().st_size / 1e6
+    print(json.dumps({"job": "prepare", "megabytes": round(megabytes), "mb_per_sec": round(megabytes / seconds, 1),
+                      "peak_memory_mb": round(peak)}))  # fmt: skip
+
+
+def compare(cfg, args):
+    """This script and the peer in turn; the medians and the ratio."""
+    shared = ["job", "shape", "batch_size", "block_size", "new_tokens", "rank", "steps"]
+    theirs = [sys.executable, cfg.peer, cfg.job] + [f"--{k}={getattr(cfg, k)}" for k in shared[1:]]
+    ours = [sys.executable, __file__, *(a for a in args if not a.startswith(("--peer", "--rounds")))]
+    results = {"ours": [], "theirs": []}
+    for _ in range(cfg.rounds):
+        for name, command in (("ours", ours), ("theirs", theirs)):
+            made = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            results[name].append(json.loads(made.splitlines()[-1]))
+            print(made.splitlines()[-1], flush=True)
+    summary = {
+        f"{key}_{name}": statistics.median(r[key] for r in runs)
+        for key in ("tokens_per_sec", "peak_memory_mb")
+        for name, runs in results.items()
+    }
+    summary["times_faster"] = round(summary["tokens_per_sec_ours"] / summary["tokens_per_sec_theirs"], 2)
+    summary["times_the_memory"] = round(summary["peak_memory_mb_ours"] / summary["peak_memory_mb_theirs"], 2)
+    print(json.dumps(summary))
+
+
+def main(cfg):
+    jobs = {"prepare": lambda cfg: measure_prepare(), "attention": measure_attention}
+    if cfg.job not in ("train", "lora", "generate", *jobs) or cfg.shape not in SHAPES:
+        raise UserError(f"--job is train, lora, generate, {', '.join(jobs)}; --shape is {', '.join(SHAPES)}")
+    if cfg.peer:
+        compare(cfg, sys.argv[1:])
+    else:
+        jobs.get(cfg.job, measure)(cfg)
+
+
+if __name__ == "__main__":
+    run(main, BenchmarkConfig)
