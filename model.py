@@ -279,6 +279,9 @@ class Block(nn.Module):
         return x + self.dropout(self.post_feedforward_layernorm(y))
 
 
+CHUNK = 2**24  # logits that HeadLoss holds at once, 64 MB of them; on GPUs 8 times as many
+
+
 class HeadLoss(torch.autograd.Function):
     """The head and its cross-entropy, summed over targets that are not -100, without ever holding all the logits: those
     of B 32, T 1024 and 50,304 tokens would take 6.6 GB. Some rows at a time make their logits, their loss and, while
@@ -293,7 +296,7 @@ class HeadLoss(torch.autograd.Function):
         grad_x = torch.empty_like(x) if with_gradients else None
         grad_w = torch.zeros_like(weight, dtype=torch.float32) if with_gradients and ctx.needs_input_grad[1] else None
         loss = torch.zeros((), device=x.device)
-        rows = max(1, (2**24 if device == "cpu" else 2**27) // len(weight))  # 64 MB of float32 logits, or 512 MB
+        rows = max(1, CHUNK * (1 if device == "cpu" else 8) // len(weight))
         tokens = torch.arange(len(weight), device=x.device)
         for i in range(0, len(x), rows):
             x_i, y = x[i : i + rows].to(dtype), targets[i : i + rows, None]

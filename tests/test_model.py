@@ -124,6 +124,28 @@ def test_loss_reductions():
     assert model(x, y, reduction="sum").item() == pytest.approx(expected.sum().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_loss_does_not_depend_on_its_chunks(monkeypatch, frozen):
+    """Rows that do not divide into chunks, masked targets, a head that is trained or not; against plain autograd."""
+    model, x = random_model(small()), random_tokens(small(), 3, 41)
+    model.model.embed_tokens.requires_grad_(not frozen)
+    y = torch.where(random_tokens(small(), 3, 41, seed=2) < 40, -100, x.roll(-1, 1))
+    expected = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum")
+    expected.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    monkeypatch.setattr("model.CHUNK", 97 * 10)
+    loss = model(x, y, reduction="sum")
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == (name not in gradients)
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, y, reduction="sum"), expected)
+
+
 def test_first_loss_is_that_of_uniform_guessing():
     config = GemmaConfig(vocab_size=4096, num_hidden_layers=2)
     loss = Gemma(config).init_weights(0)(random_tokens(config, 2, 64), random_tokens(config, 2, 64, seed=3))
