@@ -146,6 +146,7 @@ def measure(cfg):
         )
     else:
         result["optimizer"] = cfg.optimizer
+    if cfg.job == "train":
         result["mfu"] = round(rate * model.flops_per_token(cfg.block_size) / train.peak_flops(device, dtype), 3)
     print(json.dumps(result), flush=True)
     if cfg.profile:
