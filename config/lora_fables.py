@@ -12,7 +12,7 @@ template = "short"  # Alpaca's would cost this vocabulary some hundred tokens a 
 rank = 6
 alpha = 12.0
 
-# 6,000 conversations in batches of up to 2,048 tokens: one epoch of about 1,160 updates, 2.3M tokens
+# 6,000 conversations in batches of up to 2,048 tokens: one epoch of 1,157 updates, 2.1M tokens
 max_records = 6000
 max_tokens_per_batch = 2048
 
