@@ -187,7 +187,8 @@ class KVCache:
         return ring[:, :, :, : self.length + 1].unbind()
 
 
-QUERIES = 128  # in a block of attend_in_blocks: what was fastest of 64 to 512 at T 224 to 512
+IN_BLOCKS = ("cpu",)  # devices on which attend_in_blocks is faster than PyTorch's kernel
+QUERIES = 128  # in a block
 
 
 class Attention(nn.Module):
@@ -217,7 +218,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
-        if x.device.type == "cpu" and T > 1:
+        if x.device.type in IN_BLOCKS and T > 1:
             y = attend_in_blocks(q, k, v, self.window, self.scale, dropout)
         else:
             # without a mask: the plain causal kernel; a single new token sees everything in the cache
@@ -369,7 +370,7 @@ class Gemma(nn.Module):
             FULL: rope_table(positions, config.head_dim, config.rope_theta, config.rope_linear_factor),
         }
         mask = {SLIDING: None, FULL: None}
-        if T > config.sliding_window and tokens.device.type != "cpu":  # else a sliding layer is a causal one
+        if T > config.sliding_window and tokens.device.type not in IN_BLOCKS:  # else causal is all there is to it
             distance = positions[:, None] - positions  # (T, T), query minus key
             mask[SLIDING] = (distance >= 0) & (distance < config.sliding_window)
 

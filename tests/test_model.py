@@ -72,6 +72,19 @@ def test_logits_and_gradients_equal_transformers(tmp_path, kv_heads, factor, pat
         torch.testing.assert_close(p.grad, theirs[name].grad, rtol=1e-3, atol=1e-4)
 
 
+def test_both_ways_to_attend_agree(monkeypatch):
+    """The kernel and mask that other devices use, run on this one."""
+    model, x = random_model(small()), random_tokens(small(), 2, 141)
+    model(x, x).backward()
+    logits, gradients = model(x), [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    monkeypatch.setattr("model.IN_BLOCKS", ())
+    model(x, x).backward()
+    torch.testing.assert_close(model(x), logits, rtol=1e-4, atol=1e-4)
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-4)
+
+
 def test_full_270m_shape_equals_transformers(tmp_path):
     config = GemmaConfig(vocab_size=2048)  # all of 270M but the width of its vocabulary
     model = random_model(config)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, copy_project, fails, publish_gemma, run_script
+from test_prepare import random_texts
 from transformers import AutoModelForCausalLM
 
 from data import fable_grammar
@@ -267,6 +268,8 @@ def test_llama_cpp_writes_what_we_write(project, hard):
     tokenizer = Tokenizer.load(hard)
     ids = [tokenizer.bos, *map(int, tokenizer.encode(TEXT))]
     assert peer.tokenize(TEXT.encode(), add_bos=True, special=False) == ids
+    for text in random_texts(1000):
+        assert peer.tokenize(text.encode(), add_bos=False, special=False) == tokenizer.encode(text).tolist()
     assert list(itertools.islice(peer.generate(ids, temp=0, top_k=1, repeat_penalty=1.0), 100)) == greedy(hard, ids)
 
 
