@@ -163,28 +163,34 @@ def apply_rope(x, rope):
 
 class KVCache:
     """Keys and values of every layer. A sliding layer holds its window and no more: a ring, where position p lies in
-    slot p % window. Order in the ring does not matter, as RoPE has already written the position into each key."""
+    slot p % window. Order in the ring does not matter, as RoPE has already written the position into each key.
+    Shapes stay the same from step to step, and the length is a tensor: a compiled step serves them all."""
 
     def __init__(self, config, batch_size, max_tokens, device, dtype):
-        self.length = 0  # tokens whose keys are in the cache
+        self.length = torch.zeros(1, dtype=torch.int64, device=device)  # tokens whose keys are in the cache
+        self.slots = {SLIDING: min(max_tokens, config.sliding_window), FULL: max_tokens}
         self.layers = []
         for kind in config.layer_types:
-            slots = min(max_tokens, config.sliding_window) if kind == SLIDING else max_tokens
-            shape = (2, batch_size, config.num_key_value_heads, slots, config.head_dim)
+            shape = (2, batch_size, config.num_key_value_heads, self.slots[kind], config.head_dim)
             self.layers.append(torch.zeros(shape, device=device, dtype=dtype))
+            if self.length.is_cuda:  # a CUDA graph may then write into it
+                torch._dynamo.mark_static_address(self.layers[-1])
+
+    def written(self):
+        """Which slots (1, slots) of each kind of layer a new token sees: those in use, its own included."""
+        return {kind: torch.arange(n, device=self.length.device) <= self.length for kind, n in self.slots.items()}
 
     def update(self, layer, k, v):
-        """Store k, v (B, K, T, D); return the keys and values this step attends to. T > 1 only for the prompt."""
+        """Store k, v (B, K, T, D); return what this step attends to: a prompt, T > 1, itself, a new token all slots."""
         ring = self.layers[layer]
         kv = torch.stack((k, v))  # (2, B, K, T, D)
         slots, T = ring.shape[3], k.shape[2]
         if T > 1:  # the prompt attends to itself, the ring keeps its end
-            assert self.length == 0, "a prompt goes into an empty cache"
             kept = torch.arange(max(0, T - slots), T, device=k.device)
             ring[:, :, :, kept % slots] = kv[:, :, :, kept]
             return k, v
-        ring[:, :, :, self.length % slots] = kv[:, :, :, 0]
-        return ring[:, :, :, : self.length + 1].unbind()
+        ring.index_copy_(3, self.length % slots, kv)
+        return ring.unbind()
 
 
 IN_BLOCKS = ("cpu",)  # devices on which attend_in_blocks is faster than PyTorch's kernel
@@ -218,11 +224,12 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
-        if x.device.type in IN_BLOCKS and T > 1:
+        if cache is not None and T == 1:
+            y = attend_to_cache(q, k, v, mask, self.scale)
+        elif x.device.type in IN_BLOCKS:
             y = attend_in_blocks(q, k, v, self.window, self.scale, dropout)
         else:
-            # without a mask: the plain causal kernel; a single new token sees everything in the cache
-            causal = mask is None and T > 1
+            causal = mask is None  # PyTorch's kernels are fastest so
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=self.scale, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H*D) -> (B, T, C)
 
@@ -243,6 +250,13 @@ def attend_in_blocks(q, k, v, window, scale, dropout):
         weights = F.dropout(scores.softmax(-1), dropout).type_as(v)
         blocks.append((weights.view(B, K, -1, end - first) @ v[:, :, first:end]).view(B, H, end - start, D))
     return torch.cat(blocks, dim=2)
+
+
+def attend_to_cache(q, k, v, written, scale):
+    """Attention of one token's q (B, H, 1, D) to the slots of a cache, k and v (B, K, slots, D), that are written."""
+    grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[3])  # (B, K, H/K, D): heads that share keys make one product
+    scores = (grouped @ k.transpose(2, 3)).float() * scale
+    return (scores.masked_fill(~written, -math.inf).softmax(-1).type_as(v) @ v).view(q.shape)
 
 
 class MLP(nn.Module):
@@ -358,19 +372,23 @@ class Gemma(nn.Module):
         """tokens (B, T) int64 -> logits (B, T, V).
 
         With targets (B, T): the cross-entropy in nats, "mean" or "sum" over the targets that are not -100.
-        With a KVCache: tokens continue what it holds, and only the last position's logits come back, (B, 1, V)."""
+        With a KVCache: tokens are a prompt for an empty one, or the one token (B, 1) that follows what it holds; only
+        the last position's logits come back, (B, 1, V)."""
         config, embedding = self.config, self.model.embed_tokens.weight
         T, limit = tokens.shape[1], config.max_position_embeddings
-        start = cache.length if cache is not None else 0
-        if start + T > limit:
-            raise ValueError(f"{start + T} tokens are more than the model's max_position_embeddings={limit}")
-        positions = torch.arange(start, start + T, device=tokens.device)
+        if T > limit:
+            raise ValueError(f"{T} tokens are more than the model's max_position_embeddings={limit}")
+        positions = torch.arange(T, device=tokens.device)
+        if cache is not None:
+            positions = positions + cache.length
         rope = {
             SLIDING: rope_table(positions, config.head_dim, config.rope_local_base_freq, 1.0),
             FULL: rope_table(positions, config.head_dim, config.rope_theta, config.rope_linear_factor),
         }
         mask = {SLIDING: None, FULL: None}
-        if T > config.sliding_window and tokens.device.type not in IN_BLOCKS:  # else causal is all there is to it
+        if cache is not None and T == 1:
+            mask = cache.written()
+        elif T > config.sliding_window and tokens.device.type not in IN_BLOCKS:  # else causal is all there is to it
             distance = positions[:, None] - positions  # (T, T), query minus key
             mask[SLIDING] = (distance >= 0) & (distance < config.sliding_window)
 
@@ -401,6 +419,15 @@ class Gemma(nn.Module):
         attended = sum(min(T, c.sliding_window) if kind == SLIDING else T for kind in c.layer_types)
         return 6 * matrices + 12 * c.num_attention_heads * c.head_dim * attended
 
+    step = None
+
+    def compile_step(self):
+        """Compile the step that makes one token, for every later generate(). The weights are frozen into it, on CPUs
+        in the order in which their products read them fastest: they must not change afterwards."""
+        if self.device.type == "cpu":
+            torch._inductor.config.freezing = True  # an option of torch.compile would come too late
+        self.step = torch.compile(self.forward, options={"triton.cudagraphs": self.device.type == "cuda"})
+
     @torch.no_grad()
     def generate(
         self,
@@ -426,12 +453,13 @@ class Gemma(nn.Module):
         max_tokens = min(T + max_new_tokens, limit)
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         cache = KVCache(self.config, B, max_tokens, self.device, self.model.embed_tokens.weight.dtype)
+        forward = self
         seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=self.device)
         stops = torch.tensor(stop_ids, dtype=torch.int64, device=self.device)
         done = torch.zeros(B, dtype=torch.bool, device=self.device)
         tokens = prompt
         for _ in range(max_tokens - T):
-            logits = self(tokens, cache=cache)[:, -1].float()  # (B, V)
+            logits = forward(tokens, cache=cache)[:, -1].float()  # (B, V)
             if repetition_penalty != 1:
                 seen.scatter_(1, tokens, True)
                 penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
@@ -443,7 +471,7 @@ class Gemma(nn.Module):
             yield token
             if done.all():
                 return
-            tokens = token[:, None]
+            tokens, forward = token[:, None], self.step or self
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=torch.float32, dropout=0.0):

@@ -24,7 +24,7 @@ from config import UserError, run
 from lora import load_adapter, merge_lora
 from model import SLIDING
 from prepare import GPT2_PATTERN, Tokenizer, encode_conversation, end_of_response, hub_directory, template_of
-from train import open_model, pick_device, pick_dtype, whole_checkpoint
+from train import can_compile, open_model, pick_device, pick_dtype, whole_checkpoint
 
 
 @dataclass
@@ -49,6 +49,7 @@ class SampleConfig:
     gguf_type: str = "bf16"  # what its matrices are stored as: f32, bf16, f16 or q8_0
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "auto"  # bfloat16, float32; auto: bfloat16 where it is fast
+    compile: bool = False  # torch.compile the step that makes a token: pays back after some thousand of them
 
     def __post_init__(self):
         for key, low in (("num_samples", 1), ("max_new_tokens", 0), ("temperature", 0), ("top_k", 0), ("min_p", 0)):
@@ -245,6 +246,8 @@ def main(cfg):
         export_gguf(merge_lora(model), tokenizer, cfg.export_gguf, cfg.gguf_type)
         size = os.path.getsize(cfg.export_gguf)
         return print(f"{cfg.export_gguf}: {size / 1e6:,.1f} MB; llama-cli -m {cfg.export_gguf} runs it")
+    if cfg.compile and can_compile(device):
+        model.compile_step()
     if cfg.interactive:
         return converse(continue_text, answer, chat=bool(adapter or template))
     if cfg.instruct:

@@ -201,6 +201,13 @@ def pick_dtype(name, device):
     return getattr(torch, name)
 
 
+def can_compile(device):
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
+        print("no C++ compiler here: going on without torch.compile")
+        return False
+    return True
+
+
 def autocast(device, dtype):
     """bfloat16 matrix products over float32 weights: small updates of a bfloat16 weight would be rounded away."""
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
@@ -559,10 +566,7 @@ def start_system(loop):
     torch.set_float32_matmul_precision("high")
     if device.type == "cpu":  # else compiled code adds up the embedding's gradient in whatever order threads finish
         torch.use_deterministic_algorithms(True)
-    if loop.compile and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
-        print("no C++ compiler here: going on without torch.compile")
-        loop = replace(loop, compile=False)
-    return device, pick_dtype(loop.dtype, device), loop
+    return device, pick_dtype(loop.dtype, device), replace(loop, compile=loop.compile and can_compile(device))
 
 
 def start_out_dir(loop):

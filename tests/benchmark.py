@@ -108,6 +108,8 @@ def training(cfg, device, dtype):
 
 def generation(cfg, device, dtype):
     model = build(cfg, device).to(dtype).eval()
+    if cfg.compile:
+        model.compile_step()
     prompt = torch.randint(1, model.config.vocab_size, (cfg.batch_size, 16), device=device)
 
     def step():
@@ -121,7 +123,7 @@ def bandwidth(device, dtype):
     """Bytes per second at which matrix-vector products read a matrix too large for any cache."""
     matrix = torch.randn(2**14, 2**13, device=device).to(dtype)
     vector = torch.randn(1, 2**13, device=device).to(dtype)
-    times = timed(device, lambda: torch.nn.functional.linear(vector, matrix), 10)
+    times = timed(device, lambda: torch.nn.functional.linear(vector, matrix), 40)
     return matrix.numel() * matrix.element_size() / min(times)
 
 

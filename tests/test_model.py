@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -183,6 +184,20 @@ def test_cached_generation_equals_uncached_beyond_the_window(prompt_length):
         for _ in range(40):
             tokens = torch.cat((tokens, model(tokens)[:, -1:].argmax(-1)), 1)
     assert torch.equal(made, tokens[:, prompt_length:])
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_a_compiled_step_makes_the_same_tokens():
+    config = small()
+    model = random_model(config)
+    prompts = [random_tokens(config, 2, n) for n in (1, 5, 20)]
+    eager = [torch.stack(list(model.generate(prompt, 30, temperature=0)), 1) for prompt in prompts]
+    model.compile_step()
+    try:
+        compiled = [torch.stack(list(model.generate(prompt, 30, temperature=0)), 1) for prompt in prompts]
+    finally:
+        torch._inductor.config.freezing = False
+    assert all(map(torch.equal, eager, compiled))
 
 
 def test_cache_of_a_sliding_layer_holds_its_window():
