@@ -11,7 +11,7 @@ starts at zero, so training starts from the model as it was. Adapters are saved 
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +38,16 @@ from train import (
     TrainConfig,
     deal,
     evaluate,
+    leave,
     make_optimizers,
     open_dataset,
     open_model,
+    place,
+    rank,
+    read_state,
+    resume_optimizers,
     save_checkpoint,
+    shard,
     start_out_dir,
     start_system,
     train,
@@ -110,10 +116,10 @@ def merge_lora(model):
     return model
 
 
-def save_adapter(model, path, settings):
+def save_adapter(model, path, settings, weights=None):
     """Write adapter_config.json and adapter_model.safetensors as PEFT does. settings: base_model, rank, alpha, dropout,
-    rslora."""
-    layers = lora_layers(model)
+    rslora. weights: a state dict to write in place of the model's own."""
+    layers, weights = lora_layers(model), weights or model.state_dict()
     about = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -130,8 +136,8 @@ def save_adapter(model, path, settings):
     path.mkdir(parents=True, exist_ok=True)
     (path / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n")
     tensors = {
-        f"base_model.model.{name}.{part}.weight": getattr(layer, part).weight.detach().contiguous()
-        for name, layer in layers
+        f"base_model.model.{name}.{part}.weight": weights[f"{name}.{part}.weight"].detach().contiguous()
+        for name, _ in layers
         for part in ("lora_A", "lora_B")
     }
     save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -147,8 +153,10 @@ def load_adapter(model, path, dropout=None):
     targets = about["target_modules"]
     targets = targets if isinstance(targets, str) else ",".join(targets)
     dropout = about.get("lora_dropout", 0.0) if dropout is None else dropout
-    add_lora(model, about["r"], about["lora_alpha"], dropout, targets, about.get("use_rslora", False))
     weights = load_file(path / "adapter_model.safetensors")
+    if odd := [name for name, w in weights.items() if "lora_A" in name and list(w.shape[:1]) != [about["r"]]]:
+        raise ValueError(f"{path}: {odd[0]} is not of rank {about['r']}")
+    add_lora(model, about["r"], about["lora_alpha"], dropout, targets, about.get("use_rslora", False))
     expected = {
         f"base_model.model.{name}.{part}.weight": getattr(layer, part).weight
         for name, layer in lora_layers(model)
@@ -209,6 +217,7 @@ class Tuning:
     """Instruction tuning, as train.py's loop wants it: what Pretraining is for pretraining."""
 
     floor_loss = None
+    lower_memory = "lower max_tokens_per_batch, and raise gradient_accumulation_steps as much"
 
     def __init__(self, cfg, loop, model, base_model, tokenizer, train_records, val_records):
         self.cfg, self.loop, self.model, self.base_model, self.tokenizer = cfg, loop, model, base_model, tokenizer
@@ -277,8 +286,9 @@ class Tuning:
         return 1 - sum(map(sum, lengths)) / sum(len(batch) * max(batch) for batch in lengths)
 
     def describe(self, loss):
-        results = {"val_loss": loss, "val_perplexity": math.exp(loss)}
-        return results, f"response loss {loss:.4f}, perplexity {math.exp(loss):.3f} on held-out records"
+        perplexity = math.exp(min(loss, 99))
+        results = {"val_loss": loss, "val_perplexity": perplexity}
+        return results, f"response loss {loss:.4f}, perplexity {perplexity:.3f} on held-out records"
 
     def answer(self, turns, max_new_tokens, **how):
         """The model's own last response to a conversation."""
@@ -298,16 +308,16 @@ class Tuning:
         answer = self.answer(turns, self.loop.sample_tokens, top_k=self.cfg.top_k, seed=self.loop.seed)
         return f"{turns[-1][0]} {turns[-1][1]}\n  -> {answer}"
 
-    def write_model(self, path):
+    def write_model(self, path, weights):
         """The adapter; or the whole model, where all of it was trained or the adapter has been merged."""
         if lora_layers(self.model):
             cfg = self.cfg
             settings = {"rank": cfg.rank, "alpha": cfg.alpha, "dropout": cfg.lora_dropout, "rslora": cfg.rslora}
-            save_adapter(self.model, path, {"base_model": self.base_model, **settings})
+            save_adapter(self.model, path, {"base_model": self.base_model, **settings}, weights)
         else:
             ends = sorted({self.tokenizer.eot, self.end})
             self.model.config.eos_token_id = ends if len(ends) > 1 else self.end
-            self.model.save_pretrained(path)
+            self.model.save_pretrained(path, weights)
         self.tokenizer.save(path)
         (path / "instruct.json").write_text(json.dumps({"template": self.cfg.template}) + "\n")  # for sample.py
 
@@ -385,20 +395,20 @@ def report(task, before, after, out_dir):
 
 def main(cfg, loop):
     device, dtype, loop = start_system(loop)
-    loop = replace(loop, out_dir=loop.out_dir or f"out/lora-{Path(cfg.data).stem}")
-    state = {"step": 0, "tokens": 0, "seconds": 0.0, "best_val_loss": math.inf}
+    loop = place(loop, f"out/lora-{Path(cfg.data).stem}")
+    state = {"step": 0, "tokens": 0, "seconds": 0.0, "best_val_loss": math.inf, "evaluated": -1}
     last = whole_checkpoint(Path(loop.out_dir) / "last")
     if loop.init_from == "scratch":
         raise UserError("LoRA tunes a trained model: name its directory, as --init_from=out/fables/best")
     if loop.init_from == "resume":
         if not last.is_dir():
             raise UserError(f"--init_from=resume: no checkpoint in {last}")
-        state = torch.load(last / "train_state.pt", map_location=device, weights_only=True)
+        state = read_state(last, asdict(cfg) | asdict(loop), ("optimizer", "rank", "alpha", "targets", "rslora"))
         base_model = state["base_model"] if cfg.rank else last
     else:
         base_model = loop.init_from
     base_path = hub_directory(base_model)
-    model = open_model(base_path, device)
+    model = open_model(base_path, "cpu" if loop.fsdp else device)
     if cfg.max_length > (limit := model.config.max_position_embeddings):
         raise UserError(f"max_length={cfg.max_length} exceeds the model's max_position_embeddings={limit}: lower it")
     tokenizer = Tokenizer.load(base_path)
@@ -413,6 +423,9 @@ def main(cfg, loop):
             add_lora(model, cfg.rank, cfg.alpha, cfg.lora_dropout, cfg.targets, cfg.rslora)
     except ValueError as e:
         raise UserError(str(e)) from None
+    settings = asdict(cfg) | asdict(loop)
+    if loop.fsdp:
+        shard(model, loop, dtype)
     train_records, val_records, checked = open_records(cfg, loop)
     task = Tuning(cfg, loop, model, base_model, tokenizer, train_records, val_records)
     if checked and task.dropped:
@@ -435,13 +448,18 @@ def main(cfg, loop):
         state |= {"base_model": str(base_model), "before": measure(task, checked, pretraining, device, dtype)}
         start_out_dir(loop)
     optimizers = make_optimizers(model, loop)
-    for optimizer, optimizer_state in zip(optimizers, state.pop("optimizers", []), strict=False):
-        optimizer.load_state_dict(optimizer_state)
+    resume_optimizers(optimizers, state.pop("optimizers", []))
+    state["settings"] = settings
     train(loop, task, optimizers, state, device, dtype)
-    report(task, state["before"], measure(task, checked, pretraining, device, dtype), loop.out_dir)
-    if cfg.merge:
-        merge_lora(model)
-        save_checkpoint(Path(loop.out_dir) / "merged", task.write_model)
+    after = measure(task, checked, pretraining, device, dtype)
+    leave()
+    if rank() == 0:
+        report(task, state["before"], after, loop.out_dir)
+        if cfg.merge:
+            task.model = open_model(base_path if cfg.rank else last, "cpu")
+            if cfg.rank:
+                task.model = merge_lora(load_adapter(task.model, last))
+            save_checkpoint(Path(loop.out_dir) / "merged", task.write_model, task.model.state_dict())
 
 
 if __name__ == "__main__":

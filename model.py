@@ -77,6 +77,14 @@ class GemmaConfig:
     def __post_init__(self):
         if self.query_pre_attn_scalar is None:
             self.query_pre_attn_scalar = self.head_dim
+        for f in fields(self):  # a config.json may come from anyone, and may be damaged
+            value = getattr(self, f.name)
+            if f.type in (int, float) and (type(value) not in (int, float) or not 0 < value < 2**31):
+                raise ValueError(f"{f.name}={value!r} must be a number above 0")
+            if f.type is int and type(value) is not int:
+                raise ValueError(f"{f.name}={value!r} must be a whole number")
+        if self.num_hidden_layers > 1000:
+            raise ValueError(f"num_hidden_layers={self.num_hidden_layers} is more than any Gemma 3 has")
         if self.layer_types is None:
             every = self.sliding_window_pattern
             self.layer_types = [FULL if (i + 1) % every == 0 else SLIDING for i in range(self.num_hidden_layers)]
@@ -355,13 +363,16 @@ class Gemma(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def init_weights(self, seed):
-        """Draw every matrix from N(0, 0.02), in float32 on whatever device it lies; norm weights are 0, the identity.
+    @torch.no_grad()
+    def init_weights(self, seed, device=None):
+        """Draw every matrix from N(0, 0.02) on `device`, by default the model's; norm weights are 0, the identity.
         The embedding too: its rows are also the head's, and with std 0.02 the first loss is about ln(V)."""
-        generator = torch.Generator(self.device).manual_seed(seed)
+        device = device or self.device
+        generator = torch.Generator(device).manual_seed(seed)
         for p in self.parameters():
-            with torch.no_grad():
-                p.normal_(0, 0.02, generator=generator) if p.ndim > 1 else p.zero_()
+            p.copy_(
+                torch.empty(p.shape, device=device).normal_(0, 0.02, generator=generator)
+            ) if p.ndim > 1 else p.zero_()
         return self
 
     @property
@@ -445,7 +456,7 @@ class Gemma(nn.Module):
 
         Ends after max_new_tokens, at the model's last position, or once every row has made one of stop_ids (a row
         that has is given its first stop id from then on). Temperature 0 is greedy. Raises ValueError where the
-        prompt leaves no position free."""
+        prompt leaves no position free, FloatingPointError where logits are NaN."""
         B, T = prompt.shape
         limit = self.config.max_position_embeddings
         if T >= limit:
@@ -460,6 +471,8 @@ class Gemma(nn.Module):
         tokens = prompt
         for _ in range(max_tokens - T):
             logits = forward(tokens, cache=cache)[:, -1].float()  # (B, V)
+            if logits.isnan().any():
+                raise FloatingPointError("the model's logits are NaN: its weights are damaged, or too large for its dtype")
             if repetition_penalty != 1:
                 seen.scatter_(1, tokens, True)
                 penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
@@ -502,8 +515,9 @@ class Gemma(nn.Module):
         model.load_state_dict(weights, assign=True)
         return model.requires_grad_(True)
 
-    def save_pretrained(self, path):
-        """Write config.json, generation_config.json and model.safetensors into the directory `path`."""
+    def save_pretrained(self, path, weights=None):
+        """Write config.json, generation_config.json and model.safetensors into the directory `path`. weights: a state
+        dict to write in place of the model's own."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         c = self.config
@@ -511,7 +525,7 @@ class Gemma(nn.Module):
         dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
         (path / "config.json").write_text(json.dumps(c.to_dict() | {"dtype": dtype}, indent=2) + "\n")
         (path / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
-        weights = {name: w.detach().contiguous() for name, w in self.state_dict().items()}
+        weights = {name: w.detach().contiguous() for name, w in (weights or self.state_dict()).items()}
         save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
 
 

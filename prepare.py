@@ -9,6 +9,7 @@ The bins are flat arrays of token ids, an end-of-text token after each document.
 Face format and run through tiktoken where they are byte-level BPE, through `tokenizers` otherwise.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -574,13 +575,27 @@ def map_in_order(function, jobs, num_threads):
 
 
 def swap_in(new, old):
-    """Put the finished directory `new` in the place of `old`. At every moment one of them is there and whole."""
+    """Put the finished directory `new` in the place of `old`. At every moment one of them is there and whole, also
+    after a power cut."""
+    for path in (*new.iterdir(), new):
+        flush(path)
     aside = old.with_name(old.name + ".replaced")
     if old.exists():  # else a crash left it aside, where it stays until the new one is in place
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(old, aside)
     os.replace(new, old)
+    flush(old.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def flush(path):
+    """Wait until a file, or a directory's list of files, is on the disk."""
+    with contextlib.suppress(PermissionError):  # Windows opens no directories
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def main(cfg):

@@ -4,6 +4,7 @@ Train a Gemma 3 on a prepared dataset. The one training loop of the project.
     python train.py config/train_fables.py                             # minutes on a laptop
     python train.py config/train_tinystories_270m.py                   # one good GPU
     python train.py config/train_fables.py --init_from=resume          # go on after an interruption
+    torchrun --standalone --nproc_per_node=8 train.py config/train_tinystories_270m.py    # on every GPU of a machine
     python train.py --init_from=out/fables/best --eval_only=True --dataset=fables
 
 Writes out/<run>/: last/ and best/ (model directories that transformers opens), log.jsonl, loss.png, samples.txt.
@@ -11,20 +12,31 @@ Writes out/<run>/: last/ and best/ (model directories that transformers opens), 
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
+import pickle
 import shutil
+import signal
+import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves, tree_map
 
-from config import UserError, run
-from model import Gemma, GemmaConfig
+from config import Failure, UserError, run
+from model import Gemma, GemmaConfig, tensor_shapes
 from prepare import DATA, Tokenizer, hub_directory, swap_in
 
 
@@ -77,6 +89,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # bfloat16 (autocast over float32 weights), float32; auto: bfloat16 where it is fast
     compile: bool = True  # torch.compile the model
+    fsdp: bool = False  # under torchrun: share out weights, gradients and optimizer state too, for what does not fit
     seed: int = 1337  # of the initial weights, the order of the data, dropout and samples
 
     def __post_init__(self):
@@ -107,9 +120,15 @@ class Rows:
         self.tokens = np.memmap(path / f"{split}.bin", dtype=meta["dtype"], mode="r")
         self.block_size, self.eot = block_size, tokenizer.eot
         self.first = tokenizer.bos if tokenizer.bos != tokenizer.eot else None
-        last = len(self.tokens) - 1
-        ends = [np.flatnonzero(self.tokens[i : i + 2**24] == self.eot) + i for i in range(0, len(self.tokens), 2**24)]
-        ends = np.concatenate(ends)  # positions of end-of-text tokens, found in pieces to save memory
+        last, ends = len(self.tokens) - 1, []  # ends: positions of end-of-text tokens
+        for i in range(0, len(self.tokens), 2**24):  # in pieces, to save memory
+            piece = self.tokens[i : i + 2**24]
+            if (largest := int(piece.max())) >= tokenizer.vocab_size:
+                at = i + int(piece.argmax())
+                raise UserError(f"{path / split}.bin: token {at} is {largest}, beyond the vocabulary of "
+                                f"{tokenizer.vocab_size}: prepare it again")  # fmt: skip
+            ends.append(np.flatnonzero(piece == self.eot) + i)
+        ends = np.concatenate(ends)
         starts, at = [], -1  # the first document has no end-of-text before it: position -1 stands for one
         while at < last:
             starts.append(at)
@@ -162,10 +181,29 @@ def open_dataset(name):
     if not (path / "meta.json").exists():
         found = [p.parent for p in DATA.glob(f"{name}*/meta.json") if p.parent.suffix not in (".part", ".replaced")]
         if not found:
-            raise UserError(f"--dataset={name}: no such set in {DATA}; make it with python prepare.py --dataset={name}")
+            half = ", whose preparation was cut off" if path.with_name(f"{name}.part").exists() else ""
+            raise UserError(
+                f"--dataset={name}: no such set in {DATA}{half}; make it with python prepare.py --dataset={name}"
+            )
         path = max(found, key=lambda p: (p / "meta.json").stat().st_mtime)
         print(f"dataset: {path}")
-    return path, json.loads((path / "meta.json").read_text()), Tokenizer.load(path)
+    tokenizer = Tokenizer.load(path)
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+        assert meta["vocab_size"] == tokenizer.vocab_size, (
+            f"vocab_size {meta['vocab_size']}, tokenizer.json has {tokenizer.vocab_size}"
+        )
+        assert meta["dtype"] in ("uint16", "uint32"), f"dtype {meta['dtype']!r}"
+        assert isinstance(meta["floor_bits_per_byte"], float | None), "floor_bits_per_byte"
+        for split in ("train", "val"):
+            size, tokens = (path / f"{split}.bin").stat().st_size, meta[split]["tokens"]
+            assert tokens > 0 < meta[split]["bytes"], f"no tokens in {split}"
+            wanted = tokens * np.dtype(meta["dtype"]).itemsize
+            assert size == wanted, f"{tokens} tokens in {split}.bin are {wanted} bytes, the file has {size}"
+    except (AssertionError, OSError, ValueError, KeyError, TypeError) as e:
+        reason = f"no {e}" if isinstance(e, KeyError) else e
+        raise UserError(f"{path / 'meta.json'} does not describe what is here ({reason}): prepare it again") from None
+    return path, meta, tokenizer
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -219,7 +257,7 @@ def peak_flops(device, dtype):
         for name, flops in PEAK_FLOPS.items():
             if name in torch.cuda.get_device_name(device):
                 return flops
-    n = 2048
+    n = 1024 if device.type == "cpu" else 4096
     a = torch.randn(n, n, device=device, dtype=dtype)
     best = math.inf
     for _ in range(10):
@@ -227,6 +265,87 @@ def peak_flops(device, dtype):
         (a @ a)[0, 0].item()  # .item() waits for the device
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# processes: torchrun starts several of this script, each with a device of its own
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_processes(name):
+    """Meet the other processes that torchrun started -> the device of this one, for --device=`name`."""
+    local = int(os.environ["LOCAL_RANK"])
+    on_gpu = name.startswith("cuda") or (name == "auto" and torch.cuda.is_available())
+    device = pick_device(f"cuda:{local}" if on_gpu else name)
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=10))  # for one that hangs
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def add_up(tensor, device):
+    """The sum of every process's tensor."""
+    if dist.is_initialized():
+        tensor = tensor.to(device)
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def share(micro_batches):
+    """This process's part of an update: whole micro-batches where they share out evenly, else some rows of each."""
+    if len(micro_batches) % world_size() == 0:
+        return micro_batches[rank() :: world_size()]
+    mine = [(x[rank() :: world_size()], y[rank() :: world_size()]) for x, y in micro_batches]
+    # without a row of its own a process comes along with one that has no targets
+    return [(x, y) if len(x) else (whole[:1], torch.full_like(whole[:1], -100))
+            for (x, y), (whole, _) in zip(mine, micro_batches, strict=True)]  # fmt: skip
+
+
+def shard(model, loop, dtype):
+    """FSDP2: each process keeps a part of every weight, and gathers a block's while it computes with them."""
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.model.layers:
+        if loop.compile:
+            block.compile()
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model)
+
+
+def parallel(model, loop):
+    """The model as update() calls it: compiled, and with gradients that are means over all processes."""
+    if loop.fsdp and dist.is_initialized():
+        return model  # shard() has done it
+    forward = torch.compile(model) if loop.compile else model
+    return DistributedDataParallel(forward) if dist.is_initialized() else forward
+
+
+def reduce_gradients(forward, wanted):
+    """Whether the next backward shall make gradients the mean over all processes: only an update's last has to."""
+    if isinstance(forward, DistributedDataParallel):
+        forward.require_backward_grad_sync = wanted
+    elif dist.is_initialized():
+        forward.set_requires_gradient_sync(wanted)
+
+
+def assembled(tree):
+    """A tree of tensors for rank 0 to save: sharded ones made whole in turn, in main memory. To be called by all."""
+
+    def whole(tensor):
+        if not isinstance(tensor, DTensor):
+            return tensor
+        tensor = tensor.full_tensor()
+        return tensor.cpu() if rank() == 0 else None
+
+    return tree_map(whole, tree)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -257,6 +376,18 @@ def make_optimizers(model, cfg):
     return optimizers
 
 
+def resume_optimizers(optimizers, states):
+    """Give the optimizers their states from a checkpoint, which any number of processes may have written."""
+    for optimizer, saved in zip(optimizers, states, strict=bool(states)):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, values in saved["state"].items():
+            p = params[i]
+            for key, value in values.items():
+                if isinstance(p, DTensor) and value.shape == p.shape:
+                    values[key] = distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+        optimizer.load_state_dict(saved)
+
+
 def learning_rate(step, cfg):
     """The rate of update `step`, the first being 0."""
     if step < cfg.warmup_iters:
@@ -275,15 +406,19 @@ def learning_rate(step, cfg):
 
 
 def evaluate(model, batches, device, dtype):
-    """Mean loss in nats over the targets of batches of (inputs, targets)."""
+    """Mean loss in nats over the targets of batches of (inputs, targets), which the processes share out."""
     was_training = model.training
     model.eval()
-    total, count = 0.0, 0
+    sums = torch.zeros(2, dtype=torch.float64)  # of losses, of targets
     with torch.no_grad(), autocast(device, dtype):
-        for x, y in batches:
-            total += model(x.to(device), y.to(device), reduction="sum").item()
-            count += int((y != -100).sum())
+        while group := list(itertools.islice(batches, world_size())):
+            x, y = group[min(rank(), len(group) - 1)]
+            if rank() >= len(group):  # nothing left for this process, but all must come along
+                y = torch.full_like(y, -100)
+            loss = model(x.to(device), y.to(device), reduction="sum")
+            sums += torch.tensor([loss.item(), (y != -100).sum()], dtype=torch.float64)
     model.train(was_training)
+    total, count = add_up(sums, device).tolist()
     return total / count
 
 
@@ -296,9 +431,15 @@ class Pretraining:
     """What the loop does not know: the data, what a loss means, what a checkpoint consists of, what to show. lora.py
     has the same for instruction tuning."""
 
+    lower_memory = "lower batch_size, and raise gradient_accumulation_steps as much"
+
     def __init__(self, cfg, loop, model, tokenizer, path, meta):
         self.cfg, self.loop, self.model, self.tokenizer, self.meta = cfg, loop, model, tokenizer, meta
         self.rows, self.val_rows = (Rows(path, meta, s, cfg.block_size, tokenizer) for s in ("train", "val"))
+        if len(self.rows.tokens) < cfg.block_size:
+            raise UserError(
+                f"{path}/train.bin has {len(self.rows.tokens)} tokens, fewer than block_size={cfg.block_size}: lower it"
+            )
         self.floor = meta["floor_bits_per_byte"]
         self.floor_loss = self.floor and self.floor * math.log(2) * meta["val"]["bytes"] / meta["val"]["tokens"]
 
@@ -330,13 +471,15 @@ class Pretraining:
         made = self.model.generate(prompt, self.loop.sample_tokens, 0.8, stop_ids=stops, seed=self.loop.seed)
         return self.cfg.sample_prompt + self.tokenizer.decode([token.item() for token in made])
 
-    def write_model(self, path):
-        self.model.save_pretrained(path)
+    def write_model(self, path, weights):
+        self.model.save_pretrained(path, weights)
         self.tokenizer.save(path)
 
 
 class Log:
     """log.jsonl, one object a line, and its mirrors. Resuming drops the lines after the checkpoint's step."""
+
+    torn = False  # whether the last line's writing failed
 
     def __init__(self, cfg, step):
         out_dir = Path(cfg.out_dir)
@@ -361,8 +504,12 @@ class Log:
             self.board = SummaryWriter(out_dir / "tensorboard")
 
     def write(self, entry):
+        entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}  # for JSON
+        line = "\n" * self.torn + json.dumps(entry) + "\n"
+        self.torn = True
         with open(self.path, "a") as f:
-            f.write(json.dumps(entry) + "\n")
+            f.write(line)
+        self.torn = False
         numbers = {k: v for k, v in entry.items() if isinstance(v, int | float) and k != "step"}
         if self.run:
             self.run.log(numbers, step=entry["step"])
@@ -372,19 +519,17 @@ class Log:
 
 
 def read_log(path):
-    """The entries of a log.jsonl; a line torn by a crash ends it."""
+    """The entries of a log.jsonl, less the lines that a crash or a full disk has torn."""
     entries = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
             entries.append(json.loads(line))
-        except ValueError:
-            break
-    return entries
+    return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("step"), int)]
 
 
 def write_atomically(path, text):
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 
@@ -394,8 +539,10 @@ def draw_loss(out_dir, floor_loss):
     import matplotlib.pyplot as plt
 
     entries = read_log(out_dir / "log.jsonl")
-    steps = [e for e in entries if e["event"] == "step"]
-    evals = [e for e in entries if e["event"] == "eval"]
+    steps = [e for e in entries if e["event"] == "step" and e["train_loss"] is not None]
+    evals = [e for e in entries if e["event"] == "eval" and e["val_loss"] is not None]
+    if not evals:
+        return
     fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
     ax.plot([e["step"] for e in steps], [e["train_loss"] for e in steps], lw=0.8, alpha=0.6, label="training")
     ax.plot([e["step"] for e in evals], [e["val_loss"] for e in evals], "o-", ms=3, label="validation")
@@ -406,19 +553,38 @@ def draw_loss(out_dir, floor_loss):
     ax.set(xlabel="update", ylabel="loss (nats per token)", title=out_dir.name, ylim=(0.7 * low, min(first, 4 * low)))
     ax.grid(alpha=0.3)
     ax.legend()
-    fig.savefig(out_dir / "loss.png", dpi=110)
+    fig.savefig(out_dir / "loss.png.part", format="png", dpi=110)
+    os.replace(out_dir / "loss.png.part", out_dir / "loss.png")
     plt.close(fig)
 
 
-def save_checkpoint(path, write_model, state=None):
-    """Write a model directory (and the state to resume from) beside `path`, then swap it in."""
+def write_samples(out_dir):
+    """samples.txt from log.jsonl: how the model wrote at each evaluation."""
+    evals = [entry for entry in read_log(out_dir / "log.jsonl") if entry["event"] == "eval"]
+    texts = [f"--- update {e['step']}, val loss {e['val_loss']:.4f}\n{e['sample']}\n\n" for e in evals if e["val_loss"]]
+    write_atomically(out_dir / "samples.txt", "".join(texts))
+
+
+def save_checkpoint(path, write_model, weights, state=None):
+    """Write a model directory (and the state to resume from) beside `path`, make sure that it is whole and on the disk,
+    then swap it in. Raises OSError where that fails; what was at `path` is then still there."""
     part = path.with_name(path.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    write_model(part)
-    if state is not None:
-        torch.save(state, part / "train_state.pt")
-    swap_in(part, path)
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        write_model(part, weights)
+        if state is not None:
+            torch.save(state, part / "train_state.pt")
+            torch.load(part / "train_state.pt", map_location="meta", weights_only=True)
+        for file in part.glob("*.safetensors"):
+            tensor_shapes(file)
+        swap_in(part, path)
+    except (OSError, RuntimeError, SafetensorError, ValueError) as e:  # torch and safetensors have errors of their own
+        shutil.rmtree(part, ignore_errors=True)
+        size = sum(t.nbytes for t in tree_leaves((weights, state)) if isinstance(t, torch.Tensor))
+        free = shutil.disk_usage(path.parent).free
+        reason = str(e).splitlines()[0]
+        raise OSError(f"{path}: not saved: {reason} ({size / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free)") from None
 
 
 def whole_checkpoint(path):
@@ -440,90 +606,192 @@ def open_model(path, device, dtype=torch.float32, dropout=0.0):
 # the loop
 
 
+MAX_SKIPPED = 5  # updates in a row without a finite loss and gradient, then the run ends
+
+
 def update(forward, micro_batches, optimizers, cfg, device, dtype):
-    """One optimizer update from micro-batches of (inputs, targets) -> (loss in nats a target, gradient norm)."""
-    # every target of the update weighs the same, however unevenly micro-batches share them
+    """One optimizer update from micro-batches of (inputs, targets), which the processes share out -> (loss in nats a
+    target, gradient norm). Where one of these is not finite, the weights stay as they were."""
+    # every target of the update weighs the same, however unevenly micro-batches and processes share them
     num_targets = sum(int((y != -100).sum()) for _, y in micro_batches)
-    total = torch.zeros((), device=device)
-    for x, y in micro_batches:
+    total, mine = torch.zeros((), device=device), share(micro_batches)
+    for i, (x, y) in enumerate(mine):
+        reduce_gradients(forward, i == len(mine) - 1)
         with autocast(device, dtype):
             loss = forward(x.to(device), y.to(device), reduction="sum") / num_targets
-        loss.backward()
+        (loss * world_size()).backward()  # the mean over processes is then the sum
         total += loss.detach()
+    total = add_up(total, device).item()  # waits for the device
     trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip or math.inf)
+    grad_norm = (grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm).item()
     for optimizer in optimizers:
-        optimizer.step()
+        if math.isfinite(total) and math.isfinite(grad_norm):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return total, grad_norm
 
 
+class Stop:
+    """SIGTERM and Ctrl-C, between `with` and its end: noted, so that the run can save and end. A second Ctrl-C ends it
+    at once."""
+
+    signal = 0  # the first of them to come
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, _):
+        if self.signal and number == signal.SIGINT and not dist.is_initialized():  # torchrun passes ours on once more
+            raise KeyboardInterrupt
+        self.signal = self.signal or number
+        print(f"{signal.Signals(number).name}: saving, then stopping", flush=True)
+
+    def interrupt(self, batches):
+        """The batches of an evaluation, until a signal comes. Several processes go on: all have to do the same."""
+        for batch in batches:
+            if self.signal and not dist.is_initialized():
+                raise Stopped
+            yield batch
+
+
+class Stopped(Exception):
+    """An evaluation was interrupted by a signal."""
+
+
 def train(cfg, task, optimizers, state, device, dtype):
-    """Train task.model until max_iters. `state` is where to begin: step, tokens, seconds, best_val_loss."""
+    """Train task.model until max_iters. `state` is where to begin: step, tokens, seconds, best_val_loss, and evaluated,
+    the last step at which the model was evaluated. Ends the process where a signal asks for it."""
+    with Stop() as stop:
+        train_until(stop, cfg, task, optimizers, state, device, dtype)
+    if stop.signal:
+        leave()
+        again = [arg for arg in sys.argv[1:] if not arg.startswith("--init_from=")]
+        print(f"stopped after update {state['step']}; to go on: {launcher()} {' '.join([sys.argv[0], *again])} "
+              "--init_from=resume", flush=True)  # fmt: skip
+        sys.exit(128 + stop.signal)
+
+
+def launcher():
+    return (
+        f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if "LOCAL_WORLD_SIZE" in os.environ else "python"
+    )
+
+
+def train_until(stop, cfg, task, optimizers, state, device, dtype):
     out_dir, model = Path(cfg.out_dir), task.model
-    log = Log(cfg, state["step"])
-    forward = torch.compile(model) if cfg.compile else model
-    peak = peak_flops(device, dtype)
+    is_first = rank() == 0
+    log = Log(cfg, state["step"]) if is_first else None
+    forward = parallel(model, cfg)
+    peak = peak_flops(device, dtype) * world_size()
     step, started = state["step"], time.perf_counter() - state["seconds"]
-    resumed_at = step if cfg.init_from == "resume" else -1
     window_start, window_tokens, window_steps = time.perf_counter(), 0, 0
+    skipped, troubles = 0, []
+
+    def keep(write, *args):
+        """Write something; what a full disk does not take is said, and does not end the run."""
+        try:
+            write(*args)
+        except OSError as e:
+            troubles.append(str(e))
+            print(f"warning: {e}; training goes on", flush=True)
+
+    def save(path, weights, state=None):
+        try:
+            save_checkpoint(path, task.write_model, weights, state)
+        except OSError as e:
+            if not whole_checkpoint(path).exists():
+                raise Failure(e) from None
+            raise OSError(f"{e}; the checkpoint of before is whole") from None
+
+    def save_all(is_best):
+        weights = assembled(model.state_dict())
+        resumable = {**state, "optimizers": assembled([optimizer.state_dict() for optimizer in optimizers])}
+        if is_first and is_best:
+            keep(save, out_dir / "best", weights)
+        if is_first:
+            keep(save, out_dir / "last", weights, resumable)
 
     def evaluate_and_save():
         nonlocal window_start
         paused = time.perf_counter()
-        loss = evaluate(model, task.validation(), device, dtype)
+        loss = evaluate(model, stop.interrupt(task.validation()), device, dtype)
         is_best = loss < state["best_val_loss"]
-        state.update(step=step, seconds=time.perf_counter() - started, best_val_loss=min(loss, state["best_val_loss"]))
+        state.update(step=step, evaluated=step, seconds=time.perf_counter() - started)
+        state["best_val_loss"] = loss if is_best else state["best_val_loss"]
         results, line = task.describe(loss)
         print(f"update {step}: {line}")
-        counters = {key: state[key] for key in ("step", "tokens", "seconds", "best_val_loss")}
-        log.write({"event": "eval", **counters, **results})
-        draw_loss(out_dir, task.floor_loss)
         model.eval()
-        story = task.sample()
+        story = task.sample()  # by all processes: where weights are sharded, all are needed
         model.train()
         print(f"  {story}\n", flush=True)
-        with open(out_dir / "samples.txt", "a", encoding="utf-8") as f:
-            f.write(f"--- update {step}, val loss {loss:.4f}\n{story}\n\n")
-        if is_best:
-            save_checkpoint(out_dir / "best", task.write_model)
-        optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
-        save_checkpoint(out_dir / "last", task.write_model, {**state, "optimizers": optimizer_states})
+        if is_first:
+            counters = {key: state[key] for key in ("step", "tokens", "seconds", "best_val_loss")}
+            keep(log.write, {"event": "eval", **counters, **results, "sample": story})
+            keep(draw_loss, out_dir, task.floor_loss)
+            keep(write_samples, out_dir)
+        save_all(is_best)
         window_start += time.perf_counter() - paused
 
     model.train()
-    while True:
-        if step % cfg.eval_interval == 0 or step >= cfg.max_iters:
-            if step > resumed_at:  # the checkpoint we come from has been evaluated
+    while not (stopping := add_up(torch.tensor(stop.signal), device).item()):
+        if (step % cfg.eval_interval == 0 or step >= cfg.max_iters) and state["evaluated"] != step:
+            try:
                 evaluate_and_save()
-            if step >= cfg.max_iters:
-                return
+            except Stopped:
+                continue
+        if step >= cfg.max_iters:
+            break
         lr = learning_rate(step, cfg)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        torch.manual_seed(hash((cfg.seed, step)))  # dropout, too, is a function of (seed, step)
+        torch.manual_seed(hash((cfg.seed, step, rank())))  # dropout, too, is a function of (seed, step)
         micro_batches = task.updates(step)
-        loss, grad_norm = update(forward, micro_batches, optimizers, cfg, device, dtype)
+        try:
+            train_loss, grad_norm = update(forward, micro_batches, optimizers, cfg, device, dtype)
+        except RuntimeError as e:
+            if "memory" not in str(e):
+                raise
+            raise Failure(f"out of memory: {task.lower_memory} ({str(e).splitlines()[0][:200]})") from None
         step += 1
         tokens = sum(x.numel() for x, _ in micro_batches)
-        state["tokens"] += tokens
+        state.update(step=step, tokens=state["tokens"] + tokens, seconds=time.perf_counter() - started)
         window_tokens, window_steps = window_tokens + tokens, window_steps + 1
+        skipped = 0 if math.isfinite(train_loss) and math.isfinite(grad_norm) else skipped + 1
+        if skipped:
+            print(f"update {step}: skipped, its loss is {train_loss} and its gradient norm {grad_norm}", flush=True)
+            if is_first:
+                keep(log.write, {"event": "skipped", "step": step, "train_loss": train_loss, "grad_norm": grad_norm})
+        if skipped == MAX_SKIPPED:
+            at = f"the checkpoint of update {state['evaluated']} is in {out_dir / 'last'}"
+            raise Failure(f"{skipped} updates in a row without a finite loss and gradient; {at}; lower learning_rate, "
+                          "or look for what is odd in the data")  # fmt: skip
         if step % cfg.log_interval == 0 or step == cfg.max_iters:
-            train_loss = loss.item()  # waits for the device
             now = time.perf_counter()
             rate = window_tokens / (now - window_start)
             mfu = rate * model.flops_per_token(micro_batches[0][0].shape[1]) / peak
             left = (cfg.max_iters - step) * (now - window_start) / window_steps
-            log.write({"event": "step", "step": step, "tokens": state["tokens"], "seconds": now - started,
-                       "train_loss": train_loss, "lr": lr, "grad_norm": grad_norm.item(), "tokens_per_sec": rate,
-                       "mfu": mfu})  # fmt: skip
+            if is_first:
+                keep(log.write, {"event": "step", "step": step, "tokens": state["tokens"], "seconds": now - started,
+                                 "train_loss": train_loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_sec": rate,
+                                 "mfu": mfu})  # fmt: skip
             print(
                 f"update {step:5}/{cfg.max_iters}: loss {train_loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, "
                 f"{rate:,.0f} tokens/s, {mfu:.0%} MFU, {clock(left)} left",
                 flush=True,
             )
             window_start, window_tokens, window_steps = now, 0, 0
+    if stopping:
+        save_all(is_best=False)
+        stop.signal = stop.signal or signal.SIGTERM  # another process may have been told first
+    if troubles:
+        raise Failure(f"{len(troubles)} writes failed, the last of them: {troubles[-1]}")
 
 
 def clock(seconds):
@@ -533,25 +801,27 @@ def clock(seconds):
 
 def start_model(cfg, loop, arch, meta, tokenizer, device):
     """The model that init_from names, and the state to train it from."""
-    state = {"step": 0, "tokens": 0, "seconds": 0.0, "best_val_loss": math.inf}
+    state = {"step": 0, "tokens": 0, "seconds": 0.0, "best_val_loss": math.inf, "evaluated": -1}
+    home = "cpu" if loop.fsdp else device  # shard() brings the parts to the device
     if loop.init_from == "scratch":
         vocab_size = arch.vocab_size
         if vocab_size == GemmaConfig.vocab_size:  # not set: the tokenizer's, in whole tiles of a matrix product
             vocab_size = math.ceil(meta["vocab_size"] / 64) * 64
         special = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.pad}
         config = replace(arch, vocab_size=vocab_size, **special)
-        with torch.device(device):
-            model = Gemma(config, cfg.dropout).init_weights(loop.seed)
+        with torch.device(home):
+            model = Gemma(config, cfg.dropout).init_weights(loop.seed, device)
     else:
         last = Path(loop.out_dir) / "last"
         path = whole_checkpoint(last) if loop.init_from == "resume" else hub_directory(loop.init_from)
         if not path.is_dir():
             raise UserError(f"--init_from={loop.init_from}: no checkpoint in {path}")
-        model = open_model(path, device, dropout=cfg.dropout)
+        model = open_model(path, home, dropout=cfg.dropout)
         if Tokenizer.load(path).spec["model"] != tokenizer.spec["model"]:
             raise UserError(f"the tokenizer of {path} is not that of the dataset: prepare it with --tokenizer={path}")
+        refuse_another_architecture(arch, model.config, path)
         if loop.init_from == "resume":
-            state = torch.load(path / "train_state.pt", map_location=device, weights_only=True)
+            state = read_state(path, asdict(cfg) | asdict(loop), ("optimizer",))
     config = model.config
     if meta["vocab_size"] > config.vocab_size:
         raise UserError(f"the tokenizer's {meta['vocab_size']} entries do not fit into vocab_size={config.vocab_size}")
@@ -560,23 +830,83 @@ def start_model(cfg, loop, arch, meta, tokenizer, device):
     return model, state
 
 
+def refuse_another_architecture(arch, config, path):
+    """Settings can't change the architecture of a trained model. Where they name none, its own is meant."""
+    if arch == GemmaConfig():
+        return
+    free = {"bos_token_id", "eos_token_id", "pad_token_id", "sliding_window_pattern"}  # the last is in layer_types
+    if arch.vocab_size == GemmaConfig.vocab_size:
+        free.add("vocab_size")
+    for f in fields(arch):
+        asked, there = getattr(arch, f.name), getattr(config, f.name)
+        if f.name not in free and asked != there:
+            raise UserError(f"{f.name}={asked}: the model in {path} has {there}, which settings can't change")
+
+
+def read_state(path, settings, fixed):
+    """The state that a run left in the checkpoint `path`. settings: of the run that goes on from it; those in `fixed`
+    have to be the same, other changes are said."""
+    wanted = {"step": int, "tokens": int, "seconds": float, "best_val_loss": float, "evaluated": int,
+              "optimizers": list, "settings": dict}  # fmt: skip
+    try:
+        state = torch.load(path / "train_state.pt", map_location="cpu", weights_only=True)
+        if odd := [key for key, kind in wanted.items() if not isinstance(state[key], kind)]:
+            raise ValueError(f"{odd[0]} is {type(state[odd[0]]).__name__}")
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as e:
+        raise UserError(
+            f"{path / 'train_state.pt'} is not what a run leaves ({type(e).__name__}: {str(e)[:80]!r}): a new run can "
+            f"start from its weights, --init_from={path}"
+        ) from None
+    before, free = state.pop("settings"), {"init_from", "out_dir", "device", "max_records", "eval_only"}
+    changed = [key for key in settings if key in before and key not in free and before[key] != settings[key]]
+    for key in changed:
+        if key in fixed:
+            raise UserError(f"{key}={settings[key]}: the run in {path} has {before[key]}; resume with that")
+    if changed:
+        now = ", ".join(f"{key} {before[key]} -> {settings[key]}" for key in changed)
+        print(f"resuming with other settings than before: {now}")
+    return state
+
+
 def start_system(loop):
     """The device and dtype to train with, and the settings as they stand on this machine."""
-    device = pick_device(loop.device)
+    if dist.is_torchelastic_launched():
+        device = join_processes(loop.device)
+    elif loop.fsdp:
+        raise UserError("--fsdp=True needs several processes: start it with torchrun")
+    else:
+        device = pick_device(loop.device)
     torch.set_float32_matmul_precision("high")
     if device.type == "cpu":  # else compiled code adds up the embedding's gradient in whatever order threads finish
         torch.use_deterministic_algorithms(True)
     return device, pick_dtype(loop.dtype, device), replace(loop, compile=loop.compile and can_compile(device))
 
 
+def leave():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def place(loop, default):
+    """The settings with out_dir named. After a crash torchrun --max-restarts begins anew: we go on."""
+    loop = replace(loop, out_dir=loop.out_dir or default)
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if restarted and whole_checkpoint(Path(loop.out_dir) / "last").exists():
+        loop = replace(loop, init_from="resume")
+    return loop
+
+
 def start_out_dir(loop):
     """Make out_dir; a run that is already there is moved aside, unless we resume it."""
     out_dir = Path(loop.out_dir)
-    if loop.init_from != "resume" and out_dir.exists():
-        aside = out_dir.with_name(f"{out_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        os.replace(out_dir, aside)
-        print(f"the run that was in {out_dir} is now in {aside}")
-    out_dir.mkdir(parents=True, exist_ok=True)
+    if rank() == 0:
+        if loop.init_from != "resume" and out_dir.exists():
+            aside = out_dir.with_name(f"{out_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+            os.replace(out_dir, aside)
+            print(f"the run that was in {out_dir} is now in {aside}")
+        out_dir.mkdir(parents=True, exist_ok=True)
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def print_plan(task, state, device, dtype):
@@ -588,7 +918,9 @@ def print_plan(task, state, device, dtype):
           f"{n.non_embedding / 1e6:.1f}M in the rest")  # fmt: skip
     print(f"updates: {loop.max_iters - state['step']:,} of {per_update * cfg.block_size:,} tokens, "
           f"{epochs:.2f} epochs of {len(task.rows):,} rows in all")  # fmt: skip
-    print(f"device: {device}, {str(dtype).removeprefix('torch.')}, {'compiled' if loop.compile else 'not compiled'}")
+    processes = f" in {world_size()} processes" if world_size() > 1 else ""
+    compiled = "compiled" if loop.compile else "not compiled"
+    print(f"device: {device}{processes}, {str(dtype).removeprefix('torch.')}, {compiled}")
     if loop.warmup_iters >= loop.max_iters:
         print(f"warning: warmup_iters={loop.warmup_iters} never ends before max_iters={loop.max_iters}")
     if epochs > 30 and not cfg.dropout:
@@ -598,17 +930,26 @@ def print_plan(task, state, device, dtype):
 def main(cfg, loop, arch):
     device, dtype, loop = start_system(loop)
     path, meta, tokenizer = open_dataset(cfg.dataset)
-    loop = replace(loop, out_dir=loop.out_dir or f"out/{cfg.dataset}")
+    loop = place(loop, f"out/{cfg.dataset}")
+    rows = cfg.batch_size * loop.gradient_accumulation_steps
+    if rows % world_size():
+        raise UserError(
+            f"batch_size * gradient_accumulation_steps = {rows} rows do not share out among {world_size()} processes"
+        )
     model, state = start_model(cfg, loop, arch, meta, tokenizer, device)
+    if loop.fsdp:
+        shard(model, loop, dtype)
     task = Pretraining(cfg, loop, model, tokenizer, path, meta)
     if cfg.eval_only:
-        return print(task.describe(evaluate(model, task.validation(), device, dtype))[1])
+        print(task.describe(evaluate(model, task.validation(), device, dtype))[1])
+        return leave()
     start_out_dir(loop)
     print_plan(task, state, device, dtype)
     optimizers = make_optimizers(model, loop)
-    for optimizer, optimizer_state in zip(optimizers, state.pop("optimizers", []), strict=False):
-        optimizer.load_state_dict(optimizer_state)
+    resume_optimizers(optimizers, state.pop("optimizers", []))
+    state["settings"] = asdict(cfg) | asdict(loop)
     train(loop, task, optimizers, state, device, dtype)
+    leave()
     print(f'done. Read what it writes: python sample.py --out_dir={loop.out_dir} --start="Once"')
 
 

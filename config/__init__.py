@@ -11,6 +11,7 @@ names that begin with an underscore are its own business; every other name must 
 import ast
 import difflib
 import inspect
+import os
 import re
 import runpy
 import sys
@@ -23,6 +24,10 @@ class UserError(Exception):
     """A mistake the user can mend. Its text is one line: what, where, the fix. Scripts print it and exit with 2."""
 
 
+class Failure(Exception):
+    """What goes wrong in a run that was set up well, as a full disk. One line too; scripts exit with 1."""
+
+
 def run(main, *classes):
     """What each script's main guard calls: main(*settings), with the command line filled in, and errors in one line."""
     try:
@@ -30,14 +35,21 @@ def run(main, *classes):
             return print(usage(classes))
         main(*configure(classes, sys.argv[1:]))
     except UserError as e:
-        print(f"{sys.argv[0]}: {e}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes each finds it
+            print(f"{sys.argv[0]}: {e}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{sys.argv[0]}: interrupted", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stderr.close()
         sys.exit(1)
+    except (Failure, FloatingPointError, OSError) as e:
+        if isinstance(e, OSError) and e.strerror:
+            e = f"{e.filename}: {e.strerror}" if e.filename else e.strerror
+        process = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        print(f"{sys.argv[0]}{process}: {e}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"{sys.argv[0]}: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def configure(classes, args):

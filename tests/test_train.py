@@ -57,7 +57,7 @@ def make_rows(tmp_path, lengths, block_size, eot=0):
         tokens += [*range(next_id, next_id + n - 1), eot]
         next_id += n - 1
     np.array(tokens, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    return Rows(tmp_path, {"dtype": "uint16"}, "train", block_size, SimpleNamespace(eot=eot, bos=eot)), tokens
+    return Rows(tmp_path, {"dtype": "uint16"}, "train", block_size, SimpleNamespace(eot=eot, bos=eot, vocab_size=2**16)), tokens
 
 
 @pytest.mark.parametrize("block_size", [4, 10, 33, 500])
@@ -226,7 +226,7 @@ def test_what_a_run_writes(project):
         "tokens_per_sec",
         "mfu",
     }
-    assert set(evals[0]) == {"event", "step", "tokens", "seconds", "val_loss", "val_bpb", "best_val_loss"}
+    assert set(evals[0]) == {"event", "step", "tokens", "seconds", "val_loss", "val_bpb", "best_val_loss", "sample"}
     assert evals[-1]["val_loss"] < evals[0]["val_loss"] - 0.3
     assert evals[-1]["tokens"] == 11 * 4 * 2 * 64
     assert (run / "samples.txt").read_text().count("--- update") == 4
@@ -292,7 +292,7 @@ def test_a_save_cut_off_in_the_middle_leaves_a_whole_checkpoint(tmp_path, monkey
     """Whichever rename of the swap is the last thing that happens."""
     config = GemmaConfig(vocab_size=448, hidden_size=32, num_hidden_layers=1, head_dim=16, intermediate_size=64)
     old, new = Gemma(config).init_weights(1), Gemma(config).init_weights(2)
-    save_checkpoint(tmp_path / "last", old.save_pretrained)
+    save_checkpoint(tmp_path / "last", old.save_pretrained, old.state_dict())
     rename, calls = os.replace, []
 
     def dies(*args):
@@ -304,13 +304,13 @@ def test_a_save_cut_off_in_the_middle_leaves_a_whole_checkpoint(tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", dies)
         with pytest.raises(KeyboardInterrupt):
-            save_checkpoint(tmp_path / "last", new.save_pretrained)
+            save_checkpoint(tmp_path / "last", new.save_pretrained, new.state_dict())
 
     def weights():
         return list(train.open_model(tmp_path / "last", "cpu").parameters())
 
     assert all(torch.equal(a, b) for a, b in zip(weights(), old.parameters(), strict=True))
-    save_checkpoint(tmp_path / "last", new.save_pretrained)  # and the next save goes through
+    save_checkpoint(tmp_path / "last", new.save_pretrained, new.state_dict())  # and the next save goes through
     assert all(torch.equal(a, b) for a, b in zip(weights(), new.parameters(), strict=True))
 
 
