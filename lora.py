@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from config import UserError, run
+from config import MAX, UserError, check_range, run
 from prepare import (
     TEMPLATES,
     Tokenizer,
@@ -153,7 +154,10 @@ def load_adapter(model, path, dropout=None):
     targets = about["target_modules"]
     targets = targets if isinstance(targets, str) else ",".join(targets)
     dropout = about.get("lora_dropout", 0.0) if dropout is None else dropout
-    weights = load_file(path / "adapter_model.safetensors")
+    try:
+        weights = load_file(path / "adapter_model.safetensors")
+    except SafetensorError as e:
+        raise ValueError(f"{path / 'adapter_model.safetensors'}: {e}") from None
     if odd := [name for name, w in weights.items() if "lora_A" in name and list(w.shape[:1]) != [about["r"]]]:
         raise ValueError(f"{path}: {odd[0]} is not of rank {about['r']}")
     add_lora(model, about["r"], about["lora_alpha"], dropout, targets, about.get("use_rslora", False))
@@ -205,12 +209,13 @@ class LoraConfig:
     def __post_init__(self):
         if self.template and self.template not in TEMPLATES:
             raise ValueError(f"template={self.template!r} must be one of {', '.join(TEMPLATES)}")
-        lowest = {"rank": 0, "max_length": 2, "max_tokens_per_batch": self.max_length, "batch_size": 0}
-        for key, low in {**lowest, "forgetting_block_size": 1}.items():
-            if getattr(self, key) < low:
-                raise ValueError(f"{key}={getattr(self, key)} must be at least {low}")
-        if self.epochs <= 0 or self.alpha <= 0 or not 0 < self.val_fraction < 1:
-            raise ValueError("epochs and alpha must be above 0, val_fraction between 0 and 1")
+        check_range(self, 0, MAX, "rank", "batch_size", "max_records", "num_checked", "num_samples", "top_k")
+        check_range(self, 2, MAX, "max_length")
+        check_range(self, self.max_length, MAX, "max_tokens_per_batch")
+        check_range(self, 1, MAX, "forgetting_block_size")
+        check_range(self, 1e-6, 1e6, "epochs", "alpha")
+        check_range(self, 1e-6, 0.999, "val_fraction")
+        check_range(self, 0, 0.99, "lora_dropout")
 
 
 class Tuning:

@@ -472,7 +472,7 @@ class Gemma(nn.Module):
         for _ in range(max_tokens - T):
             logits = forward(tokens, cache=cache)[:, -1].float()  # (B, V)
             if logits.isnan().any():
-                raise FloatingPointError("the model's logits are NaN: its weights are damaged, or too large for its dtype")
+                raise FloatingPointError("the model's logits are NaN: its weights are damaged or too large")
             if repetition_penalty != 1:
                 seen.scatter_(1, tokens, True)
                 penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)

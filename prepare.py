@@ -72,7 +72,10 @@ class Tokenizer:
         self.special_ids = set(special.values())
         # ids that a text can have: a tokenizer may name more special tokens than its models have rows for
         plain = [t["id"] for t in spec["added_tokens"] if not t["special"]]
-        self.vocab_size = 1 + max(*spec["model"]["vocab"].values(), *plain, self.eot, self.bos)
+        if len(set(spec["model"]["vocab"].values())) < len(spec["model"]["vocab"]):
+            raise UserError("two tokens of the vocabulary have the same id")
+        self.text_ids = {*spec["model"]["vocab"].values(), *plain} - self.special_ids
+        self.vocab_size = 1 + max(*self.text_ids, self.eot, self.bos)
         self.bpe = byte_level_bpe(spec, special)
         if self.bpe is None:
             self.hf = tokenizers.Tokenizer.from_str(json.dumps(spec))
@@ -84,16 +87,18 @@ class Tokenizer:
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
         beside, chat = path.with_name("tokenizer_config.json"), path.with_name("chat_template.jinja")
+        if not path.exists():
+            raise UserError(f"{path}: no such file")
         try:
             spec = json.loads(path.read_text(encoding="utf-8"))
             config = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
             if chat.exists():
                 config["chat_template"] = chat.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file") from None
-        except ValueError as e:
-            raise UserError(f"{path}: not a tokenizer.json: {e}") from None
-        return cls(spec, config)
+            return cls(spec, config)
+        except UserError as e:
+            raise UserError(f"{path}: {e}") from None
+        except Exception as e:  # whatever is odd in it
+            raise UserError(f"{path}: not a tokenizer.json: {type(e).__name__}: {str(e)[:200]}") from None
 
     def save(self, path):
         """Write the files that transformers' AutoTokenizer opens: tokenizer.json and tokenizer_config.json."""
@@ -128,7 +133,7 @@ class Tokenizer:
     def decode(self, ids):
         """Token ids -> str, special tokens left out. An incomplete character at the end becomes U+FFFD."""
         # an embedding may have more rows than the tokenizer has entries: those decode to nothing
-        ids = [int(i) for i in ids if i not in self.special_ids and i < self.vocab_size]
+        ids = [int(i) for i in ids if int(i) in self.text_ids]
         return self.bpe.decode(ids) if self.bpe else self.hf.decode(ids)
 
 
@@ -329,15 +334,7 @@ def read_files(files, cfg):
         if path.suffix == ".txt":
             yield from read_txt(path, cfg.separator.encode())
             continue
-        import datasets  # a second's work
-
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, its exceptions say again
-        kind = "parquet" if path.suffix == ".parquet" else "json"
-        try:
-            rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
-            yield from column(rows, cfg.text_column, path)
-        except (datasets.exceptions.DatasetGenerationError, ValueError) as e:
-            raise UserError(f"{path}: not readable as {kind}: {str(e).splitlines()[0]}") from None
+        yield from column(read_rows(path), cfg.text_column, path)
 
 
 def read_txt(path, separator):
@@ -422,9 +419,15 @@ def encode_conversation(tokenizer, turns, template):
 def template_of(path, tokenizer):
     """The template that the model or adapter in a directory was instructed with; None for a plain model."""
     ours, published = path / "instruct.json", path / "generation_config.json"
-    if ours.exists():
-        return json.loads(ours.read_text())["template"]
-    stops = json.loads(published.read_text()).get("eos_token_id") if published.exists() else None
+    try:
+        template = json.loads(ours.read_text())["template"] if ours.exists() else None
+        stops = json.loads(published.read_text()).get("eos_token_id") if published.exists() else None
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{path}: {ours.name} or {published.name} is damaged: {type(e).__name__}: {e}") from None
+    if template in TEMPLATES:
+        return template
+    if template is not None:
+        raise UserError(f"{ours}: no such template as {template!r}, known are {', '.join(TEMPLATES)}")
     end = end_of_response(tokenizer, "gemma")
     # a published model that has learned to take turns stops at the end of one too
     return "gemma" if isinstance(stops, list) and end in stops and end != tokenizer.eot else None
@@ -492,19 +495,26 @@ HUB_RECORDS = {"alpaca": "tatsu-lab/alpaca", "dolly": "databricks/databricks-dol
 
 def read_records(source):
     """The instruction records of alpaca, dolly, a Hub id, or a .json, .jsonl or .parquet file: an iterable of dicts."""
-    import datasets
-
     path = Path(source)
     if not path.exists():
         if path.suffix in (".json", ".jsonl", ".parquet"):
             raise UserError(f"--data={source}: no such file")
         splits = load_from_hub(HUB_RECORDS.get(source, source), "data")
         return splits.get("train") or next(iter(splits.values()))
+    return read_rows(path)
+
+
+def read_rows(path):
+    """The rows of a .json, .jsonl or .parquet file, one at a time."""
+    import datasets  # a second's work
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, its exceptions say again
+    kind = "parquet" if path.suffix == ".parquet" else "json"
     try:
-        kind = "parquet" if path.suffix == ".parquet" else "json"
-        return datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as e:
-        raise UserError(f"{path}: not readable as {kind}: {str(e).splitlines()[0]}") from None
+        yield from datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
+    except (datasets.exceptions.DatasetGenerationError, ValueError, TypeError, KeyError, OSError, StopIteration) as e:
+        reason = str(e).splitlines()[0][:200] if str(e) else "no record in it"
+        raise UserError(f"{path}: not readable as {kind}: {reason}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

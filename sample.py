@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from config import UserError, run
+from config import MAX, UserError, check_range, run
 from lora import load_adapter, merge_lora
 from model import SLIDING
 from prepare import GPT2_PATTERN, Tokenizer, encode_conversation, end_of_response, hub_directory, template_of
@@ -52,17 +52,15 @@ class SampleConfig:
     compile: bool = False  # torch.compile the step that makes a token: pays back after some thousand of them
 
     def __post_init__(self):
-        for key, low in (("num_samples", 1), ("max_new_tokens", 0), ("temperature", 0), ("top_k", 0), ("min_p", 0)):
-            if getattr(self, key) < low:
-                raise ValueError(f"{key}={getattr(self, key)} must be at least {low}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
+        check_range(self, 1, MAX, "num_samples")
+        check_range(self, 0, MAX, "max_new_tokens", "temperature", "top_k", "seed")
+        check_range(self, 0, 1, "min_p")
+        check_range(self, 1e-6, 1, "top_p")
+        check_range(self, 1e-3, 1e3, "repetition_penalty")
         if self.gguf_type not in ("f32", "bf16", "f16", "q8_0"):
             raise ValueError(f"gguf_type={self.gguf_type!r} must be f32, bf16, f16 or q8_0")
         if self.compare and not (self.adapter and self.instruct):
             raise ValueError("compare needs an adapter and an instruct to answer")
-        if self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0")
 
 
 def find_checkpoint(cfg, adapter):

@@ -16,11 +16,11 @@ import itertools
 import json
 import math
 import os
-import pickle
 import shutil
 import signal
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -35,7 +35,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
 
-from config import Failure, UserError, run
+from config import MAX, Failure, UserError, check_range, run
 from model import Gemma, GemmaConfig, tensor_shapes
 from prepare import DATA, Tokenizer, hub_directory, swap_in
 
@@ -53,11 +53,9 @@ class PretrainConfig:
     sample_prompt: str = ""  # what the sample at each evaluation continues; empty: a whole new document
 
     def __post_init__(self):
-        for key in ("batch_size", "block_size"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be at least 0 and less than 1")
+        check_range(self, 1, MAX, "batch_size", "block_size")
+        check_range(self, 0, MAX, "eval_tokens")
+        check_range(self, 0, 0.99, "dropout")
 
 
 @dataclass
@@ -93,14 +91,14 @@ class TrainConfig:
     seed: int = 1337  # of the initial weights, the order of the data, dropout and samples
 
     def __post_init__(self):
-        for key in ("gradient_accumulation_steps", "eval_interval", "log_interval"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
+        check_range(self, 1, MAX, "gradient_accumulation_steps", "eval_interval", "log_interval")
+        check_range(self, 0, MAX, "max_iters", "warmup_iters", "weight_decay", "grad_clip", "sample_tokens", "seed")
+        check_range(self, 1e-12, 1e3, "learning_rate")
+        check_range(self, 0, 0.999999, "beta1", "beta2")
+        check_range(self, 0, 1, "cooldown_frac")
         for key, choices in (("optimizer", ("muon", "adamw")), ("decay", ("cosine", "linear"))):
             if getattr(self, key) not in choices:
                 raise ValueError(f"{key}={getattr(self, key)!r} must be {' or '.join(choices)}")
-        if not 0 < self.learning_rate:
-            raise ValueError(f"learning_rate={self.learning_rate} must be above 0")
         if not 0 <= self.min_lr <= self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr} must lie between 0 and learning_rate={self.learning_rate}")
 
@@ -524,7 +522,9 @@ def read_log(path):
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             entries.append(json.loads(line))
-    return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("step"), int)]
+    loss = {"step": "train_loss", "eval": "val_loss", "skipped": "train_loss"}
+    return [e for e in entries if isinstance(e, dict) and e.get("event") in loss and isinstance(e.get("step"), int)
+            and isinstance(e.get(loss[e["event"]]), float | None)]  # fmt: skip
 
 
 def write_atomically(path, text):
@@ -561,7 +561,9 @@ def draw_loss(out_dir, floor_loss):
 def write_samples(out_dir):
     """samples.txt from log.jsonl: how the model wrote at each evaluation."""
     evals = [entry for entry in read_log(out_dir / "log.jsonl") if entry["event"] == "eval"]
-    texts = [f"--- update {e['step']}, val loss {e['val_loss']:.4f}\n{e['sample']}\n\n" for e in evals if e["val_loss"]]
+    texts = [
+        f"--- update {e['step']}, val loss {e['val_loss']:.4f}\n{e.get('sample')}\n\n" for e in evals if e["val_loss"]
+    ]
     write_atomically(out_dir / "samples.txt", "".join(texts))
 
 
@@ -849,13 +851,14 @@ def read_state(path, settings, fixed):
     wanted = {"step": int, "tokens": int, "seconds": float, "best_val_loss": float, "evaluated": int,
               "optimizers": list, "settings": dict}  # fmt: skip
     try:
-        state = torch.load(path / "train_state.pt", map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of what is odd in it, one line is enough
+            state = torch.load(path / "train_state.pt", map_location="cpu", weights_only=True)
         if odd := [key for key, kind in wanted.items() if not isinstance(state[key], kind)]:
             raise ValueError(f"{odd[0]} is {type(state[odd[0]]).__name__}")
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as e:
+    except Exception as e:  # a damaged file can raise anything
         raise UserError(
-            f"{path / 'train_state.pt'} is not what a run leaves ({type(e).__name__}: {str(e)[:80]!r}): a new run can "
-            f"start from its weights, --init_from={path}"
+            f"{path / 'train_state.pt'} is not what a run leaves ({type(e).__name__}): a new run can start from its "
+            f"weights, --init_from={path}"
         ) from None
     before, free = state.pop("settings"), {"init_from", "out_dir", "device", "max_records", "eval_only"}
     changed = [key for key in settings if key in before and key not in free and before[key] != settings[key]]

@@ -19,6 +19,8 @@ from dataclasses import MISSING, fields
 from types import ModuleType
 from typing import get_args, get_type_hints
 
+MAX = 2**62  # of any setting: what is larger, or infinite, was not meant
+
 
 class UserError(Exception):
     """A mistake the user can mend. Its text is one line: what, where, the fix. Scripts print it and exit with 2."""
@@ -50,6 +52,15 @@ def run(main, *classes):
     except KeyboardInterrupt:
         print(f"{sys.argv[0]}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def check_range(settings, low, high, *keys):
+    """For a dataclass's own check: raises ValueError where a setting is not in low..high, as NaN never is."""
+    for key in keys:
+        value = getattr(settings, key)
+        if not low <= value <= high:
+            limits = f"at least {low}" if high == MAX else f"between {low} and {high}"
+            raise ValueError(f"{key}={value} must be {limits}")
 
 
 def configure(classes, args):

@@ -57,7 +57,9 @@ def make_rows(tmp_path, lengths, block_size, eot=0):
         tokens += [*range(next_id, next_id + n - 1), eot]
         next_id += n - 1
     np.array(tokens, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    return Rows(tmp_path, {"dtype": "uint16"}, "train", block_size, SimpleNamespace(eot=eot, bos=eot, vocab_size=2**16)), tokens
+    return Rows(
+        tmp_path, {"dtype": "uint16"}, "train", block_size, SimpleNamespace(eot=eot, bos=eot, vocab_size=2**16)
+    ), tokens
 
 
 @pytest.mark.parametrize("block_size", [4, 10, 33, 500])

@@ -1,0 +1,439 @@
+"""What can go wrong in a run, and what then happens: the rows of the README's table, each with its test."""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, copy_project, fails, run_script
+from safetensors.torch import load_file, save_file
+
+from model import Gemma, GemmaConfig
+from prepare import Tokenizer
+from train import read_log
+
+FLAGS = ["train.py", "--dataset=fables", *TINY, "--max_iters=20"]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    path = copy_project(tmp_path_factory.mktemp("project"))
+    run_script(
+        path, "prepare.py", "--dataset=fables", "--max_documents=300", "--val_fraction=0.05", "--tokenizer=bpe:300"
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(project):
+    """A run that nothing disturbed."""
+    run_script(project, *FLAGS, "--out_dir=out/whole")
+    return project / "out" / "whole"
+
+
+@pytest.fixture
+def damaged(project, tmp_path):
+    """A copy of the project, to damage: its dataset, and a finished run in out/run."""
+    for name in ("data", "config"):
+        shutil.copytree(project / name, tmp_path / name)
+    for script in project.glob("*.py"):
+        shutil.copy(script, tmp_path)
+    return tmp_path
+
+
+def losses(run):
+    return [(e["step"], e["train_loss"]) for e in read_log(run / "log.jsonl") if e["event"] == "step"]
+
+
+def one_line(result, code):
+    """A finished process that must have failed with this code and one line -> that line."""
+    lines = [line for line in result.stderr.splitlines() if line]
+    assert result.returncode == code and len(lines) == 1, result.stdout + result.stderr
+    return lines[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# crashes and preemption
+
+KILLER = """
+import os, random, shutil, signal, sys, time
+from pathlib import Path
+import torch
+import train
+from config import configure, run
+from model import GemmaConfig
+
+kills, out, whole = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+flags = [*sys.argv[4:], f"--out_dir={out}", "--eval_interval=2"]
+torch.set_num_threads(1)
+random.seed(0)
+
+def losses(path):
+    return [(e["event"], e["step"], e.get("train_loss", e.get("val_loss"))) for e in train.read_log(path / "log.jsonl")]
+
+def child(*more):
+    pid = os.fork()
+    if pid == 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.argv = ["train.py", *flags, *more]
+        run(train.main, train.PretrainConfig, train.TrainConfig, GemmaConfig)
+        os._exit(0)
+    return pid
+
+killed = inside = finished = 0
+while killed < kills or finished == 0:
+    last = train.whole_checkpoint(out / "last")
+    pid = child(*(["--init_from=resume"] if last.exists() else []))
+    end = time.monotonic() + (random.uniform(0.1, 1.5) if killed < kills else 600)
+    done = 0
+    while not done and time.monotonic() < end:
+        time.sleep(0.002)
+        done, status = os.waitpid(pid, os.WNOHANG)
+    if done:
+        assert status == 0, "a resumed run failed"
+        assert losses(out) == losses(whole), "a resumed run is not the undisturbed one"
+        assert [s for e, s, _ in losses(out) if e == "step"] == list(range(1, 21)), "a step twice, or none"
+        shutil.rmtree(out)
+        finished += 1
+        continue
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    killed += 1
+    inside += bool(list(out.glob("*.part")) or list(out.glob("*.replaced")))
+    after = train.whole_checkpoint(out / "last")
+    if last.exists() or after.exists():
+        model = train.open_model(after, "cpu")
+        train.read_state(after, {}, ())
+        assert all(w.isfinite().all() for w in model.parameters())
+print(f"{killed} kills, {inside} of them inside a save, {finished} finished runs")
+"""
+
+
+def kill_often(project, whole, kills, timeout):
+    (project / "killer.py").write_text(KILLER)
+    out = run_script(project, *FLAGS, "--out_dir=out/calm", "--eval_interval=2")
+    flags = FLAGS[1:]
+    out = run_script(project, "killer.py", kills, "out/killed", "out/calm", *flags, timeout=timeout).stdout
+    print(out)
+    assert f"{kills} kills" in out
+
+
+def test_killed_at_ten_random_instants(project, whole):
+    kill_often(project, whole, 10, 200)
+
+
+@pytest.mark.slow
+def test_killed_at_a_hundred_random_instants(project, whole):
+    kill_often(project, whole, 100, 1200)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(project, whole, number):
+    out = f"out/{number.name}"
+    process = subprocess.Popen(
+        [sys.executable, *FLAGS, f"--out_dir={out}"], cwd=project, stdout=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("update     7"):
+            process.send_signal(number)
+            break
+    printed = process.stdout.read()
+    assert process.wait(60) == 128 + number
+    last_line = printed.splitlines()[-1]
+    assert last_line.startswith("stopped after update") and "--init_from=resume" in last_line
+    assert "--max_iters=20" in last_line  # the command as a whole
+    command = last_line.split("to go on: python ")[1].split()
+    run_script(project, *command)
+    assert losses(project / out) == losses(whole)
+
+
+def test_a_second_ctrl_c_quits_at_once(project):
+    code = (
+        "import train, os, signal, sys\nfrom config import run\nfrom model import GemmaConfig\n"
+        "def slow(*_):\n    os.kill(os.getpid(), 2); os.kill(os.getpid(), 2)\n"
+        "train.Pretraining.updates = slow\n"
+        "run(train.main, train.PretrainConfig, train.TrainConfig, GemmaConfig)\n"
+    )
+    (project / "twice.py").write_text(code)
+    result = run_script(project, "twice.py", *FLAGS[1:], "--out_dir=out/twice", ok=False)
+    assert one_line(result, 130).endswith("interrupted")
+
+
+def test_a_torn_log_line_is_healed(project, whole):
+    run = project / "out" / "torn"
+    shutil.copytree(whole, run)
+    text = (run / "log.jsonl").read_text()
+    (run / "log.jsonl").write_text(text + '{"event": "step", "step": 21, "train_lo')
+    run_script(project, *FLAGS, "--out_dir=out/torn", "--init_from=resume", "--max_iters=22")
+    assert [step for step, _ in losses(run)] == list(range(1, 23))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# disks
+
+
+def limited(project, size, *args):
+    """Run a script that can write no file larger than `size` bytes."""
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return subprocess.run(
+        [sys.executable, *args], cwd=project, capture_output=True, text=True, timeout=240, preexec_fn=limit
+    )
+
+
+def test_a_disk_too_full_for_the_first_checkpoint_ends_the_run(project):
+    line = one_line(limited(project, 30_000, *FLAGS, "--out_dir=out/full"), 1)
+    assert "out/full/best: not saved" in line and "MB needed" in line and "MB free" in line
+    assert not list((project / "out" / "full").glob("*.part"))
+
+
+def test_a_disk_that_fills_up_costs_no_training(project, whole):
+    run = project / "out" / "fills"
+    run_script(project, *FLAGS, "--out_dir=out/fills", "--max_iters=5", "--warmup_iters=2")
+    before = load_file(run / "last" / "model.safetensors")
+    result = limited(project, 30_000, *FLAGS, "--out_dir=out/fills", "--init_from=resume")
+    assert "writes failed" in one_line(result, 1)
+    assert result.stdout.count("training goes on") >= 3 and "the checkpoint of before is whole" in result.stdout
+    assert "update    20/20" in result.stdout
+    after = load_file(run / "last" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    run_script(project, *FLAGS, "--out_dir=out/fills", "--init_from=resume")  # with room again
+
+    assert [step for step, _ in losses(run)] == list(range(1, 21))
+
+
+def test_prepare_on_a_full_disk(project):
+    result = limited(
+        project, 5_000, "prepare.py", "--dataset=fables", "--max_documents=300", "--name=full", "--tokenizer=bpe:300"
+    )
+    assert "File too large" in one_line(result, 1)
+    assert not (project / "data" / "full").exists()
+
+
+def test_an_out_dir_that_can_not_be_made(project):
+    (project / "a_file").write_text("")
+    result = run_script(project, *FLAGS, "--out_dir=a_file/run", ok=False)
+    assert "a_file" in one_line(result, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# numbers
+
+
+def poisoned(project, steps, out):
+    """A run whose loss is NaN at these updates, counted from 1."""
+    code = (
+        "import math, sys, train\nfrom config import run\nfrom model import GemmaConfig\n"
+        f"bad, calls = {steps!r}, [0]\nplain = train.parallel\n"
+        "def parallel(model, loop):\n"
+        "    forward = plain(model, loop)\n"
+        "    def poisoned(x, y, reduction):\n"
+        "        calls[0] += 1\n"
+        "        return forward(x, y, reduction=reduction) * (math.nan if (calls[0] + 1) // 2 in bad else 1)\n"
+        "    return poisoned\n"
+        "train.parallel = parallel\n"
+        "run(train.main, train.PretrainConfig, train.TrainConfig, GemmaConfig)\n"
+    )
+    (project / "poisoned.py").write_text(code)
+    return run_script(project, "poisoned.py", *FLAGS[1:], f"--out_dir=out/{out}", ok=False)
+
+
+def test_an_update_that_is_not_finite_is_skipped(project):
+    assert poisoned(project, [3, 4, 9], "nan").returncode == 0
+    entries = read_log(project / "out" / "nan" / "log.jsonl")
+    assert [e["step"] for e in entries if e["event"] == "skipped"] == [3, 4, 9]
+    seen = {e["step"]: e["train_loss"] for e in entries if e["event"] == "step"}
+    assert seen[3] is None and seen[20] < seen[1] - 0.3
+    weights = load_file(project / "out" / "nan" / "last" / "model.safetensors")
+    assert all(w.isfinite().all() for w in weights.values())
+
+
+def test_five_in_a_row_end_the_run_with_its_last_checkpoint_whole(project):
+    line = one_line(poisoned(project, list(range(8, 99)), "nans"), 1)
+    assert "5 updates in a row" in line and "checkpoint of update 10" in line and "lower learning_rate" in line
+    model = Gemma.from_pretrained(project / "out" / "nans" / "last")
+    assert all(w.isfinite().all() for w in model.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data, found at start
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def truncate(path, size):
+    with open(path, "r+b") as f:
+        f.truncate(size)
+
+
+def out_of_vocabulary(data):
+    tokens = np.fromfile(data / "train.bin", dtype=np.uint16)
+    tokens[1000] = 777
+    tokens.tofile(data / "train.bin")
+
+
+def shortened(data, split, tokens):
+    truncate(data / f"{split}.bin", 2 * tokens)
+    meta = json.loads((data / "meta.json").read_text())
+    edit_json(data / "meta.json", **{split: meta[split] | {"tokens": tokens}})
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda data: truncate(data / "train.bin", 1001), "bytes, the file has 1001"),
+        (lambda data: truncate(data / "val.bin", 0), "val.bin are"),
+        (out_of_vocabulary, "train.bin: token 1000 is 777, beyond the vocabulary of 300"),
+        (lambda data: edit_json(data / "meta.json", vocab_size=301), "tokenizer.json has 300"),
+        (lambda data: (data / "meta.json").write_text("{"), "meta.json does not describe"),
+        (lambda data: (data / "val.bin").unlink(), "No such file"),
+        (lambda data: shortened(data, "train", 63), "63 tokens, fewer than block_size=64"),
+        (lambda data: shortened(data, "val", 0), "no tokens in val"),
+        (lambda data: os.rename(data, data.with_name("fables.part")), "whose preparation was cut off"),
+        (lambda data: (data / "tokenizer.json").write_text("[]"), "not a tokenizer.json"),
+    ],
+)
+def test_a_damaged_dataset_is_found_at_start(damaged, damage, message):
+    damage(damaged / "data" / "fables")
+    assert message in fails(damaged, *FLAGS)
+    assert not (damaged / "out").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# settings
+
+
+def resume(project, whole, *args):
+    run = project / "out" / "resumed"
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(whole, run)
+    return run, [*FLAGS, "--out_dir=out/resumed", "--init_from=resume", *args]
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--hidden_size=64"], "hidden_size=64: the model in out/resumed/last has 32"),
+        (["--vocab_size=512"], "vocab_size=512"),
+        (["--sliding_window=32"], "sliding_window=32"),
+        (["--optimizer=adamw"], "optimizer=adamw: the run in out/resumed/last has muon"),
+        (["--fsdp=True"], "torchrun"),
+    ],
+)
+def test_what_a_resumed_run_can_not_change(project, whole, args, message):
+    run, command = resume(project, whole, *args)
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    assert message in fails(project, *command)
+    assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+
+
+def test_a_changed_schedule_is_said(project, whole):
+    _, command = resume(project, whole, "--max_iters=22", "--learning_rate=0.001")
+    printed = run_script(project, *command).stdout
+    assert "max_iters 20 -> 22" in printed and "learning_rate 0.003 -> 0.001" in printed
+
+
+def test_a_dataset_with_another_tokenizer_is_refused(project, whole):
+    run_script(
+        project, "prepare.py", "--dataset=fables", "--max_documents=300", "--tokenizer=bpe:290", "--name=another"
+    )
+    _, command = resume(project, whole, "--dataset=another")
+    assert "is not that of the dataset" in fails(project, *command)
+
+
+def test_out_of_memory_names_what_to_lower(project):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+
+    flags = [*FLAGS, "--out_dir=out/large", "--batch_size=60000", "--eval_tokens=1", "--block_size=512"]
+    result = subprocess.run(
+        [sys.executable, *flags], cwd=project, capture_output=True, text=True, timeout=240, preexec_fn=limit
+    )
+    assert "lower batch_size" in one_line(result, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# trust
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+def test_loading_a_checkpoint_runs_no_code_of_its_maker(project, whole):
+    run, command = resume(project, whole)
+    with open(run / "last" / "train_state.pt", "wb") as f:
+        pickle.dump(Bomb(), f)
+    assert "is not what a run leaves" in fails(project, *command)
+    torch.save({"step": Bomb()}, run / "last" / "train_state.pt")
+    assert "is not what a run leaves" in fails(project, *command)
+    assert not (project / "exploded").exists()
+
+
+def test_sizes_are_checked_before_memory_is_taken(project, whole):
+    run, _ = resume(project, whole)
+    flags = ["sample.py", "--model=out/resumed/best", "--device=cpu"]
+    edit_json(run / "best" / "config.json", hidden_size=2**30)
+    assert "the config asks for" in fails(project, *flags)
+    edit_json(run / "best" / "config.json", num_hidden_layers=2**30)
+    assert "more than any Gemma 3" in fails(project, *flags)
+
+
+def test_an_adapter_whose_rank_its_file_does_not_have_is_refused(project, whole):
+    run, _ = resume(project, whole)
+    adapter = run / "adapter"
+    adapter.mkdir()
+    about = {"peft_type": "LORA", "r": 2**30, "lora_alpha": 8, "target_modules": ["q_proj"],
+             "base_model_name_or_path": "out/resumed/best"}  # fmt: skip
+    (adapter / "adapter_config.json").write_text(json.dumps(about))
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({name: torch.zeros(4, 32)}, adapter / "adapter_model.safetensors")
+    assert "not of rank" in fails(project, "sample.py", "--adapter=out/resumed/adapter", "--device=cpu")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sampling
+
+
+def test_nan_logits_end_generation(project, whole):
+    run, _ = resume(project, whole)
+    weights = load_file(run / "best" / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, run / "best" / "model.safetensors", metadata={"format": "pt"})
+    for temperature in (0, 1):
+        flags = ["sample.py", "--model=out/resumed/best", "--device=cpu", f"--temperature={temperature}"]
+        assert "logits are NaN" in one_line(run_script(project, *flags, ok=False), 1)
+
+
+def test_the_names_of_special_tokens_in_a_prompt_are_text(project, whole):
+    tokenizer = Tokenizer.load(whole / "best")
+    ids = tokenizer.encode("a<|endoftext|>b")
+    assert tokenizer.eot not in ids and tokenizer.decode(ids) == "a<|endoftext|>b"
+
+
+def test_a_top_k_above_the_vocabulary_and_no_prompt(project, whole):
+    flags = ["--model=out/whole/best", "--device=cpu", "--max_new_tokens=5"]
+    printed = run_script(project, "sample.py", *flags, "--top_k=9999").stdout
+    assert "[5 tokens" in printed
+
+
+def test_generation_of_a_float16_overflow_is_not_silent():
+    """A model too large for its dtype gives NaN, not a token."""
+    config = GemmaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, head_dim=16, intermediate_size=64)
+    model = Gemma(config).init_weights(0)
+    model.model.embed_tokens.weight.data *= 1e38
+    with pytest.raises(FloatingPointError):
+        list(model.half().generate(torch.ones(1, 3, dtype=torch.int64), 2))
