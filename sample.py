@@ -206,8 +206,8 @@ def add_gguf_tokenizer(writer, tokenizer, num_rows):
 def open_adapter(model, path):
     try:
         return load_adapter(model, path)
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"--adapter={path}: {e}") from None
+    except Exception as e:  # whatever is odd in it
+        raise UserError(f"--adapter={path}: {type(e).__name__}: {e}") from None
 
 
 def main(cfg):

@@ -524,7 +524,7 @@ def read_log(path):
             entries.append(json.loads(line))
     loss = {"step": "train_loss", "eval": "val_loss", "skipped": "train_loss"}
     return [e for e in entries if isinstance(e, dict) and e.get("event") in loss and isinstance(e.get("step"), int)
-            and isinstance(e.get(loss[e["event"]]), float | None)]  # fmt: skip
+            and isinstance(e.get(loss[e["event"]], ""), float | None)]  # fmt: skip
 
 
 def write_atomically(path, text):
@@ -561,9 +561,7 @@ def draw_loss(out_dir, floor_loss):
 def write_samples(out_dir):
     """samples.txt from log.jsonl: how the model wrote at each evaluation."""
     evals = [entry for entry in read_log(out_dir / "log.jsonl") if entry["event"] == "eval"]
-    texts = [
-        f"--- update {e['step']}, val loss {e['val_loss']:.4f}\n{e.get('sample')}\n\n" for e in evals if e["val_loss"]
-    ]
+    texts = [f"--- update {e['step']}, val loss {e['val_loss'] or math.nan:.4f}\n{e.get('sample')}\n\n" for e in evals]
     write_atomically(out_dir / "samples.txt", "".join(texts))
 
 
