@@ -430,7 +430,7 @@ def main(cfg, loop):
         raise UserError(str(e)) from None
     settings = asdict(cfg) | asdict(loop)
     if loop.fsdp:
-        shard(model, loop, dtype)
+        shard(model, dtype)
     train_records, val_records, checked = open_records(cfg, loop)
     task = Tuning(cfg, loop, model, base_model, tokenizer, train_records, val_records)
     if checked and task.dropped:

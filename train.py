@@ -308,22 +308,18 @@ def share(micro_batches):
             for (x, y), (whole, _) in zip(mine, micro_batches, strict=True)]  # fmt: skip
 
 
-def shard(model, loop, dtype):
+def shard(model, dtype):
     """FSDP2: each process keeps a part of every weight, and gathers a block's while it computes with them."""
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.model.layers:
-        if loop.compile:
-            block.compile()
         fully_shard(block, mp_policy=policy)
     fully_shard(model)
 
 
 def parallel(model, loop):
     """The model as update() calls it: compiled, and with gradients that are means over all processes."""
-    if loop.fsdp and dist.is_initialized():
-        return model  # shard() has done it
     forward = torch.compile(model) if loop.compile else model
-    return DistributedDataParallel(forward) if dist.is_initialized() else forward
+    return DistributedDataParallel(forward) if dist.is_initialized() and not loop.fsdp else forward
 
 
 def reduce_gradients(forward, wanted):
@@ -939,7 +935,7 @@ def main(cfg, loop, arch):
         )
     model, state = start_model(cfg, loop, arch, meta, tokenizer, device)
     if loop.fsdp:
-        shard(model, loop, dtype)
+        shard(model, dtype)
     task = Pretraining(cfg, loop, model, tokenizer, path, meta)
     if cfg.eval_only:
         print(task.describe(evaluate(model, task.validation(), device, dtype))[1])
