@@ -457,7 +457,6 @@ def main(cfg, loop):
     state["settings"] = settings
     train(loop, task, optimizers, state, device, dtype)
     after = measure(task, checked, pretraining, device, dtype)
-    leave()
     if rank() == 0:
         report(task, state["before"], after, loop.out_dir)
         if cfg.merge:
@@ -465,6 +464,7 @@ def main(cfg, loop):
             if cfg.rank:
                 task.model = merge_lora(load_adapter(task.model, last))
             save_checkpoint(Path(loop.out_dir) / "merged", task.write_model, task.model.state_dict())
+    leave()
 
 
 if __name__ == "__main__":

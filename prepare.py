@@ -5,6 +5,8 @@ Text to tokens on disk: data/<name>/ with train.bin, val.bin, tokenizer.json and
     python prepare.py --dataset=fables                            # the bundled corpus, no network
     python prepare.py --dataset=stories.txt --tokenizer=bpe:4096  # a file or folder: .txt .jsonl .json .parquet
 
+A preparation that was cut off goes on where it stood when it is started again.
+
 The bins are flat arrays of token ids, an end-of-text token after each document. Tokenizers are stored in the Hugging
 Face format and run through tiktoken where they are byte-level BPE, through `tokenizers` otherwise.
 """
@@ -18,7 +20,7 @@ import re
 import shutil
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,8 @@ class PrepareConfig:
     dataset: str = "tinystories"  # tinystories, fables, a Hub id, or a file or folder of .txt .jsonl .json .parquet
     tokenizer: str = ""  # gpt2 or another tiktoken name, bpe:SIZE to train one, a tokenizer.json; fables: bpe:2048
     name: str = ""  # write to data/<name>; by default named after the dataset
+    subset: str = ""  # which configuration of a Hub dataset, as sample-10BT
+    streaming: bool = False  # read a Hub dataset as it comes, for one that is too large for the disk
     text_column: str = "text"  # where the text stands in .jsonl, .json, .parquet and Hub datasets
     separator: str = "<|endoftext|>"  # what stands between the documents of a .txt file
     val_fraction: float = 0.01  # share of documents held out, where the dataset has no validation split
@@ -284,8 +288,7 @@ def open_corpus(cfg):
         return {"train": lambda: (fable_grammar.tell(f"{cfg.seed}/{i}")[0] for i in range(count))}
     path = Path(cfg.dataset)
     if path.exists():
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        files = [f for f in files if f.suffix in (".txt", ".jsonl", ".json", ".parquet")]
+        files = source_files(path)
         if not files:
             raise UserError(f"{path}: no .txt, .jsonl, .json or .parquet file here")
         held_out = [f for f in files if re.search(r"(^|[-_. ])(val|valid|validation)([-_. ]|$)", f.stem)]
@@ -298,11 +301,11 @@ def open_corpus(cfg):
     return open_hub("roneneldan/TinyStories" if cfg.dataset == "tinystories" else cfg.dataset, cfg)
 
 
-def load_from_hub(name, flag):
+def load_from_hub(name, flag, subset="", streaming=False):
     import datasets  # slow to import, and only needed for the Hub, .json and .parquet
 
     try:
-        return datasets.load_dataset(name)
+        return datasets.load_dataset(name, subset or None, streaming=streaming)
     except Exception as e:  # the Hub fails in many ways; each has one line to say
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise UserError(
@@ -311,7 +314,7 @@ def load_from_hub(name, flag):
 
 
 def open_hub(name, cfg):
-    splits = load_from_hub(name, "dataset")
+    splits = load_from_hub(name, "dataset", cfg.subset, cfg.streaming)
     train = splits.get("train") or next(iter(splits.values()))
     held_out = splits.get("validation")
     corpus = {"train": lambda: column(train, cfg.text_column, name)}
@@ -522,12 +525,28 @@ def read_rows(path):
 
 
 class Split:
-    """One split in the making: a bin that grows, and what is counted on the way."""
+    """One split in the making: a bin that grows, and what is counted on the way. state: of one that was cut off."""
 
-    def __init__(self, path, dtype):
-        self.file, self.dtype = open(path, "wb"), dtype
+    def __init__(self, path, dtype, state=None):
+        self.file, self.dtype = open(path, "r+b" if state else "wb"), dtype
         self.bytes = 0
         self.lengths = np.zeros(0, dtype=np.int64)  # how many documents have 0, 1, 2, ... tokens
+        if state:
+            self.file.truncate(state["size"])
+            self.file.seek(state["size"])
+            self.bytes, (lengths, counts) = state["bytes"], state["lengths"]
+            self.lengths = np.bincount(lengths, counts).astype(np.int64)
+
+    def state(self):
+        """What is needed to go on from here, all of it on the disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        lengths = np.flatnonzero(self.lengths)
+        return {
+            "size": self.file.tell(),
+            "bytes": self.bytes,
+            "lengths": [lengths.tolist(), self.lengths[lengths].tolist()],
+        }
 
     def add(self, tokens, lengths, num_bytes):
         self.file.write(tokens.astype(self.dtype).tobytes())
@@ -629,13 +648,21 @@ def main(cfg):
         return (text for text in progress if split_of(text, "train") == "train")
 
     tokenizer_name = cfg.tokenizer or ("bpe:2048" if is_fables else "gpt2")
-    tokenizer = make_tokenizer(tokenizer_name, training_texts)
     part = out.with_name(out.name + ".part")  # nothing reads this name, so half a dataset is never taken for one
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    task = asdict(cfg) | {"files": [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in source_files(path)]}
+    progress = read_progress(part, task)
+    if progress:
+        tokenizer = Tokenizer.load(part)
+        print(f"{part}: going on after {progress['batches']} batches of texts")
+    else:
+        tokenizer = make_tokenizer(tokenizer_name, training_texts)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        tokenizer.save(part)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    splits = {name: Split(part / f"{name}.bin", dtype) for name in ("train", "val")}
-    floor_bits = 0.0
+    states = progress.get("splits", {})
+    splits = {name: Split(part / f"{name}.bin", dtype, states.get(name)) for name in ("train", "val")}
+    floor_bits, done = progress.get("floor_bits", 0.0), progress.get("batches", 0)
 
     def encode_batch(split, texts):
         """Runs in a thread: tiktoken leaves Python to the others while it works."""
@@ -645,11 +672,15 @@ def main(cfg):
 
     jobs = ((name, texts) for name in corpus for texts in batches(documents(name)))
     with tqdm(desc="tokenizing", unit="B", unit_scale=True, mininterval=1, disable=None) as bar:
-        for encoded, bits in map_in_order(encode_batch, jobs, os.cpu_count()):
+        for encoded, bits in map_in_order(encode_batch, itertools.islice(jobs, done, None), os.cpu_count()):
             floor_bits += bits
             for name, (tokens, lengths, num_bytes) in encoded.items():
                 splits[name].add(tokens, lengths, num_bytes)
                 bar.update(num_bytes)
+            done += 1
+            if done % PROGRESS_EVERY == 0:
+                states = {name: split.state() for name, split in splits.items()}
+                write_progress(part, {"task": task, "batches": done, "floor_bits": floor_bits, "splits": states})
 
     counts = {name: split.close() for name, split in splits.items()}
     if not counts["train"]["tokens"]:
@@ -666,10 +697,33 @@ def main(cfg):
         "val": counts["val"],
         "floor_bits_per_byte": floor_bits / counts["val"]["bytes"] if is_fables else None,
     }
-    tokenizer.save(part)
     (part / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    (part / "progress.json").unlink(missing_ok=True)
     swap_in(part, out)
     report(out, meta)
+
+
+PROGRESS_EVERY = 64  # batches of half a megabyte between two notes of how far a preparation has come
+
+
+def write_progress(part, progress):
+    (part / "progress.json.new").write_text(json.dumps(progress))
+    os.replace(part / "progress.json.new", part / "progress.json")
+
+
+def read_progress(part, task):
+    """How far the same preparation had come when it was cut off; {} where there is none."""
+    try:
+        progress = json.loads((part / "progress.json").read_text())
+        return progress if progress["task"] == json.loads(json.dumps(task)) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def source_files(path):
+    """The files of a local corpus."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [f for f in files if f.suffix in (".txt", ".jsonl", ".json", ".parquet") and f.exists()]
 
 
 def fable_bits(texts):

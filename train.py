@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
@@ -284,7 +285,11 @@ def join_processes(name):
     device = pick_device(f"cuda:{local}" if on_gpu else name)
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=10))  # for one that hangs
+    # after a restart torchrun's store still has the addresses of processes that are gone (pytorch issue 167288)
+    store, number, count = next(rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+    patience = timedelta(minutes=10)  # with one that hangs
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=number, world_size=count, timeout=patience)
     if rank():
         sys.stdout = open(os.devnull, "w")
     return device
@@ -663,14 +668,18 @@ class Stopped(Exception):
 def train(cfg, task, optimizers, state, device, dtype):
     """Train task.model until max_iters. `state` is where to begin: step, tokens, seconds, best_val_loss, and evaluated,
     the last step at which the model was evaluated. Ends the process where a signal asks for it."""
-    with Stop() as stop:
-        train_until(stop, cfg, task, optimizers, state, device, dtype)
+    try:
+        with Stop() as stop:
+            train_until(stop, cfg, task, optimizers, state, device, dtype)
+    except RuntimeError as e:
+        if not dist.is_initialized() or not any(sign in str(e) for sign in ("gloo", "NCCL")):
+            raise
+        raise Failure(f"another process is gone, or hangs: {str(e).splitlines()[0][:200]}") from None
     if stop.signal:
-        leave()
         again = [arg for arg in sys.argv[1:] if not arg.startswith("--init_from=")]
-        print(f"stopped after update {state['step']}; to go on: {launcher()} {' '.join([sys.argv[0], *again])} "
-              "--init_from=resume", flush=True)  # fmt: skip
-        sys.exit(128 + stop.signal)
+        command = " ".join([launcher(), sys.argv[0], *again, "--init_from=resume"])
+        print(f"stopped after update {state['step']}; to go on: {command}", flush=True)
+        leave(128 + stop.signal)
 
 
 def launcher():
@@ -879,9 +888,14 @@ def start_system(loop):
     return device, pick_dtype(loop.dtype, device), replace(loop, compile=loop.compile and can_compile(device))
 
 
-def leave():
+def leave(code=0):
+    """End this process, one of several when all are done: gloo's threads do not always survive an orderly end."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        dist.barrier()
+        sys.stdout.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 def place(loop, default):
@@ -946,8 +960,8 @@ def main(cfg, loop, arch):
     resume_optimizers(optimizers, state.pop("optimizers", []))
     state["settings"] = asdict(cfg) | asdict(loop)
     train(loop, task, optimizers, state, device, dtype)
-    leave()
     print(f'done. Read what it writes: python sample.py --out_dir={loop.out_dir} --start="Once"')
+    leave()
 
 
 if __name__ == "__main__":

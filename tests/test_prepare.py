@@ -1,6 +1,9 @@
 import json
 import random
 import re
+import shutil
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -296,3 +299,91 @@ def test_an_interrupted_prepare_keeps_the_old_dataset(project):
     fails(project, "prepare.py", "--dataset=c.txt", "--tokenizer=bpe:300")
     assert json.loads((path / "meta.json").read_text()) == meta
     assert sorted(documents_of(path, meta, "train") + documents_of(path, meta, "val")) == sorted(STORIES)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# large corpora, and preparations that are cut off
+
+
+def bins(folder):
+    return [(folder / name).read_bytes() for name in ("train.bin", "val.bin", "meta.json", "tokenizer.json")]
+
+
+@pytest.mark.parametrize("batches", [1, 3, 6])
+def test_a_preparation_that_was_cut_off_goes_on(project, batches):
+    """Killed between two notes of its progress, some tokens further on: the result is that of an undisturbed one."""
+    with open(project / "long.txt", "w") as f:
+        f.writelines(f"Story {i}. {f'The cat sat on mat {i % 97}. ' * 40}\n<|endoftext|>\n" for i in range(5000))
+    flags = ["--dataset=long.txt", "--tokenizer=bpe:300", "--val_fraction=0.1"]
+    run_script(project, "prepare.py", *flags)
+    whole = bins(project / "data" / "long")
+    shutil.rmtree(project / "data" / "long")
+    (project / "dies.py").write_text(
+        "import os, sys, prepare\nfrom config import run\nprepare.PROGRESS_EVERY = 2\n"
+        f"add, calls = prepare.Split.add, []\n"
+        f"def dies(self, *args):\n    calls.append(1)\n    add(self, *args)\n    self.file.flush()\n"
+        f"    if len(calls) > {2 * batches + 1}: os._exit(9)\n"
+        "prepare.Split.add = dies\nrun(prepare.main, prepare.PrepareConfig)\n"
+    )
+    assert run_script(project, "dies.py", *flags, ok=False).returncode == 9
+    assert not (project / "data" / "long").exists()
+    printed = run_script(project, "prepare.py", *flags).stdout
+    assert ("going on after" in printed) == (batches > 1)
+    assert bins(project / "data" / "long") == whole
+    assert not list((project / "data").glob("*.part"))
+
+
+def test_a_preparation_of_something_else_begins_anew(project):
+    (project / "a.txt").write_text("".join(f"Number {i}.\n<|endoftext|>\n" for i in range(50)))
+    part = project / "data" / "a.part"
+    part.mkdir()
+    (part / "progress.json").write_text('{"task": {}, "batches": 3, "floor_bits": 0, "splits": {}}')
+    assert (
+        "going on"
+        not in run_script(project, "prepare.py", "--dataset=a.txt", "--tokenizer=bpe:270", "--val_fraction=0.5").stdout
+    )
+
+
+def write_shards(folder, count, size):
+    """Parquet files of about `size` bytes of text each, a held-out one among them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    words = np.array(["".join(rng.choice(list("abcdefghij"), 5)) for _ in range(5000)])
+    for i in range(count):
+        texts = [" ".join(rng.choice(words, 2000)) for _ in range(max(1, size // 12_000))]
+        name = f"shard-{i:03}-val.parquet" if i == 1 else f"shard-{i:03}.parquet"
+        pq.write_table(pa.table({"text": texts}), folder / name, compression="none", row_group_size=100)
+
+
+def test_streaming_gives_the_same_documents(project):
+    """A Hub dataset is read as a folder of shards in its layout: `datasets` treats both alike."""
+    write_shards(project / "shards", 3, 50_000)
+    both = []
+    for streaming in (False, True):
+        cfg = prepare.PrepareConfig(streaming=streaming)
+        corpus = prepare.open_hub(str(project / "shards"), cfg)
+        both.append({split: list(texts()) for split, texts in corpus.items()})
+    assert both[0] == both[1] and len(both[0]["train"]) == 8
+
+
+@pytest.mark.slow
+def test_shards_larger_than_the_memory_allowed(project):
+    """0.7 GB of shards, 0.5 GB of memory for data; PyArrow and what is imported take 0.2 GB of it."""
+    import resource
+
+    write_shards(project / "shards", 14, 50_000_000)
+    size = sum(p.stat().st_size for p in (project / "shards").iterdir())
+    limit = 500 << 20
+    assert size > limit
+    flags = ["--dataset=shards", "--tokenizer=bpe:1000", "--streaming=True"]
+    result = subprocess.run(
+        [sys.executable, "prepare.py", *flags, "--name=limited"], cwd=project, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    run_script(project, "prepare.py", "--dataset=shards", "--tokenizer=bpe:1000", "--name=free", timeout=600)
+    limited, free = (bins(project / "data" / name) for name in ("limited", "free"))
+    assert limited == free

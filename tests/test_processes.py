@@ -1,0 +1,183 @@
+"""Several processes by torchrun, two gloo processes on this machine's CPU: the same updates as one process makes."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import TINY, copy_project, run_script
+from safetensors.torch import load_file
+
+import train
+from train import read_log
+
+RECIPE = ["--dataset=fables", *TINY, "--dtype=float32", "--max_iters=12", "--gradient_accumulation_steps=3",
+          "--optimizer=adamw"]  # fmt: skip
+WAYS = {"ddp": [], "fsdp": ["--fsdp=True"]}
+LORA = ["--init_from=out/base/best", "--data=fables", "--max_records=60", "--num_checked=3", "--rank=4", "--device=cpu",
+        "--max_length=500", "--max_tokens_per_batch=1500", "--compile=False", "--dtype=float32", "--log_interval=1",
+        "--eval_interval=5", "--sample_tokens=5", "--num_samples=1", "--gradient_accumulation_steps=1",
+        "--forgetting=fables", "--forgetting_block_size=64", "--merge=True"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    path = copy_project(tmp_path_factory.mktemp("project"))
+    run_script(
+        path, "prepare.py", "--dataset=fables", "--max_documents=300", "--val_fraction=0.05", "--tokenizer=bpe:1000"
+    )
+    return path
+
+
+def torchrun(*args, processes=2):
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *args]
+
+
+@pytest.fixture(scope="module")
+def single(project):
+    run_script(project, "train.py", *RECIPE, "--out_dir=out/single")
+    return project / "out" / "single"
+
+
+def losses(run):
+    return [(e["step"], e["train_loss"]) for e in read_log(run / "log.jsonl") if e["event"] == "step"]
+
+
+def agree(run, other):
+    """The same losses at the same steps, within float32 rounding; the same evaluations."""
+    for event, key, within in (("step", "train_loss", 1e-5), ("step", "grad_norm", 1e-4), ("eval", "val_loss", 1e-5)):
+        a, b = ({e["step"]: e[key] for e in read_log(r / "log.jsonl") if e["event"] == event} for r in (run, other))
+        assert a.keys() == b.keys() and list(a.values()) == pytest.approx(list(b.values()), rel=within), (event, key)
+
+
+@pytest.mark.parametrize("processes, way", [(2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")])
+def test_losses_are_those_of_one_process(project, single, processes, way):
+    """With accumulation, 12 rows an update: 3 micro-batches share out neither in 2 nor in 4."""
+    out = f"out/{way}{processes}"
+    run_script(project, *torchrun("train.py", *RECIPE, *WAYS[way], f"--out_dir={out}", processes=processes))
+    agree(project / out, single)
+    assert len(losses(project / out)) == 12
+    files = {p.relative_to(single) for p in single.rglob("*")}
+    assert {p.relative_to(project / out) for p in (project / out).rglob("*")} == files
+    ours, theirs = (load_file(run / "best" / "model.safetensors") for run in (single, project / out))
+    assert {n: w.shape for n, w in ours.items()} == {n: w.shape for n, w in theirs.items()}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_muon_too(project, way):
+    """Its own arithmetic is bfloat16, which makes more of a rounding."""
+    for out, launch in (("muon", list), (f"muon-{way}", lambda command: torchrun(*command, *WAYS[way]))):
+        if not (project / "out" / out).exists():
+            run_script(project, *launch(["train.py", *RECIPE, "--optimizer=muon", f"--out_dir=out/{out}"]))
+    one, two = (losses(project / "out" / out) for out in ("muon", f"muon-{way}"))
+    assert [loss for _, loss in one] == pytest.approx([loss for _, loss in two], rel=5e-5)
+
+
+RESUMED = [("ddp", None), (None, "ddp"), ("fsdp", None), (None, "fsdp"), ("ddp", "fsdp")]
+
+
+@pytest.mark.parametrize("before, after", RESUMED)
+def test_a_checkpoint_resumes_on_any_number_of_processes(project, single, before, after):
+    out = f"out/{before}-{after}"
+    for way, more in ((before, "--eval_interval=5"), (after, "--init_from=resume")):
+        command = ["train.py", *RECIPE, f"--out_dir={out}", more, *WAYS.get(way, [])]
+        if more.startswith("--eval"):  # as if cut off: the schedule is that of 12 updates
+            command = ["cut.py", *command[1:]]
+            (project / "cut.py").write_text(
+                "import sys, train\nfrom config import run\nfrom model import GemmaConfig\nplain = train.update\n"
+                "calls = [0]\n"
+                "def update(*args):\n    calls[0] += 1\n    if calls[0] == 8: raise train.Failure('cut')\n"
+                "    return plain(*args)\n"
+                "train.update = update\nrun(train.main, train.PretrainConfig, train.TrainConfig, GemmaConfig)\n"
+            )
+            run_script(project, *(torchrun(*command) if way else command), ok=False)
+            assert losses(project / out)[-1][0] == 7
+        else:
+            run_script(project, *(torchrun(*command) if way else command))
+    agree(project / out, single)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_lora_in_two_processes(project, single, way):
+    if not (project / "out" / "base").exists():
+        os.symlink(single, project / "out" / "base")
+        run_script(project, "lora.py", *LORA, "--out_dir=out/lora")
+    out = f"out/lora-{way}"
+    run_script(project, *torchrun("lora.py", *LORA, *WAYS[way], f"--out_dir={out}"))
+    agree(project / out, project / "out" / "lora")
+    for file in ("best/adapter_model.safetensors", "merged/model.safetensors"):
+        ours, theirs = (load_file(project / run / file) for run in ("out/lora", out))
+        assert ours.keys() == theirs.keys()
+        assert all(ours[name].allclose(theirs[name], atol=1e-4) for name in ours)
+
+
+def workers(process):
+    """The process ids of the ranks that a torchrun has started."""
+    found = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True).stdout
+    return list(map(int, found.split()))
+
+
+def start(project, out, *more, restarts=0):
+    command = torchrun("train.py", *RECIPE, "--max_iters=400", f"--out_dir={out}", *more)
+    command.insert(3, f"--max-restarts={restarts}")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *command], cwd=project, **pipes)
+
+
+def wait_for_update(process, number):
+    for line in process.stdout:
+        if (found := re.match(r"update +(\d+)/", line)) and int(found[1]) >= number:
+            return
+    raise AssertionError(process.stderr.read())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_killed_rank_ends_all_and_a_restart_goes_on(project, way):
+    out = project / "out" / f"killed-{way}"
+    process = start(project, out, *WAYS[way])
+    wait_for_update(process, 12)
+    killed_at = time.monotonic()
+    os.kill(workers(process)[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode and time.monotonic() - killed_at < 60
+    assert "exitcode" in errors and "SIGKILL" in errors  # torchrun names the rank and the signal
+    state = train.read_state(train.whole_checkpoint(out / "last"), {}, ())
+    assert state["step"] >= 10
+    again = start(project, out, *WAYS[way], "--init_from=resume")
+    wait_for_update(again, 20)
+    again.send_signal(signal.SIGTERM)
+    again.communicate(timeout=60)
+    steps = [step for step, _ in losses(out)]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_torchrun_restarts_by_itself(project):
+    out = project / "out" / "restarted"
+    process = start(project, out, restarts=1)
+    wait_for_update(process, 12)
+    os.kill(workers(process)[0], signal.SIGKILL)
+    wait_for_update(process, 20)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    steps = [step for step, _ in losses(out)]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 20
+    assert not list(out.parent.glob("restarted-*")), "the run was begun anew"
+
+
+def test_a_signal_to_torchrun_saves(project):
+    out = project / "out" / "signalled"
+    process = start(project, out)
+    wait_for_update(process, 7)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    state = train.read_state(out / "last", {}, ())
+    assert state["step"] >= 7 and state["step"] % 5, "saved where it was told to stop, not at an evaluation"
+
+
+def test_rows_that_do_not_share_out_are_refused(project):
+    flags = [*RECIPE, "--out_dir=out/odd", "--batch_size=1"]
+    result = run_script(project, *torchrun("train.py", *flags), ok=False)
+    assert "3 rows do not share out among 2 processes" in result.stderr
