@@ -354,7 +354,7 @@ def write_shards(folder, count, size):
     words = np.array(["".join(rng.choice(list("abcdefghij"), 5)) for _ in range(5000)])
     for i in range(count):
         texts = [" ".join(rng.choice(words, 2000)) for _ in range(max(1, size // 12_000))]
-        name = f"shard-{i:03}-val.parquet" if i == 1 else f"shard-{i:03}.parquet"
+        name = f"{'validation' if i == 1 else 'train'}-{i:03}.parquet"
         pq.write_table(pa.table({"text": texts}), folder / name, compression="none", row_group_size=100)
 
 
