@@ -483,8 +483,7 @@ class Log:
     def __init__(self, cfg, step):
         out_dir = Path(cfg.out_dir)
         self.path = out_dir / "log.jsonl"
-        kept = read_log(self.path) if step else []
-        kept = [entry for entry in kept if entry["step"] <= step]
+        kept = [entry for entry in read_log(self.path) if entry["step"] <= step]
         write_atomically(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
         self.run = self.board = None
         if cfg.wandb:
@@ -942,11 +941,6 @@ def main(cfg, loop, arch):
     device, dtype, loop = start_system(loop)
     path, meta, tokenizer = open_dataset(cfg.dataset)
     loop = place(loop, f"out/{cfg.dataset}")
-    rows = cfg.batch_size * loop.gradient_accumulation_steps
-    if rows % world_size():
-        raise UserError(
-            f"batch_size * gradient_accumulation_steps = {rows} rows do not share out among {world_size()} processes"
-        )
     model, state = start_model(cfg, loop, arch, meta, tokenizer, device)
     if loop.fsdp:
         shard(model, dtype)

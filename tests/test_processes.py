@@ -174,7 +174,9 @@ def test_a_signal_to_torchrun_saves(project):
     assert state["step"] >= 7 and state["step"] % 5, "saved where it was told to stop, not at an evaluation"
 
 
-def test_rows_that_do_not_share_out_are_refused(project):
-    flags = [*RECIPE, "--out_dir=out/odd", "--batch_size=1"]
-    result = run_script(project, *torchrun("train.py", *flags), ok=False)
-    assert "3 rows do not share out among 2 processes" in result.stderr
+def test_fewer_rows_than_processes(project):
+    """One row in a micro-batch, three of them: a process without a row comes along with one that has no targets."""
+    flags = ["train.py", *RECIPE, "--batch_size=1", "--max_iters=6"]
+    run_script(project, *flags, "--out_dir=out/few")
+    run_script(project, *torchrun(*flags, "--out_dir=out/few2"))
+    agree(project / "out" / "few2", project / "out" / "few")
