@@ -30,9 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -315,6 +313,8 @@ def share(micro_batches):
 
 def shard(model, dtype):
     """FSDP2: each process keeps a part of every weight, and gathers a block's while it computes with them."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # half a second, for those who need it
+
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.model.layers:
         fully_shard(block, mp_policy=policy)
@@ -335,11 +335,15 @@ def reduce_gradients(forward, wanted):
         forward.set_requires_gradient_sync(wanted)
 
 
+def is_sharded(tensor):
+    return hasattr(tensor, "full_tensor")  # a DTensor
+
+
 def assembled(tree):
     """A tree of tensors for rank 0 to save: sharded ones made whole in turn, in main memory. To be called by all."""
 
     def whole(tensor):
-        if not isinstance(tensor, DTensor):
+        if not is_sharded(tensor):
             return tensor
         tensor = tensor.full_tensor()
         return tensor.cpu() if rank() == 0 else None
@@ -382,7 +386,9 @@ def resume_optimizers(optimizers, states):
         for i, values in saved["state"].items():
             p = params[i]
             for key, value in values.items():
-                if isinstance(p, DTensor) and value.shape == p.shape:
+                if is_sharded(p) and value.shape == p.shape:
+                    from torch.distributed.tensor import distribute_tensor
+
                     values[key] = distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
         optimizer.load_state_dict(saved)
 
@@ -483,6 +489,8 @@ class Log:
     def __init__(self, cfg, step):
         out_dir = Path(cfg.out_dir)
         self.path = out_dir / "log.jsonl"
+        if rank():  # rank 0 alone writes
+            return
         kept = [entry for entry in read_log(self.path) if entry["step"] <= step]
         write_atomically(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
         self.run = self.board = None
@@ -624,7 +632,7 @@ def update(forward, micro_batches, optimizers, cfg, device, dtype):
     total = add_up(total, device).item()  # waits for the device
     trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip or math.inf)
-    grad_norm = (grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm).item()
+    grad_norm = (grad_norm.full_tensor() if is_sharded(grad_norm) else grad_norm).item()
     for optimizer in optimizers:
         if math.isfinite(total) and math.isfinite(grad_norm):
             optimizer.step()
@@ -671,26 +679,24 @@ def train(cfg, task, optimizers, state, device, dtype):
         with Stop() as stop:
             train_until(stop, cfg, task, optimizers, state, device, dtype)
     except RuntimeError as e:
-        if not dist.is_initialized() or not any(sign in str(e) for sign in ("gloo", "NCCL")):
-            raise
-        raise Failure(f"another process is gone, or hangs: {str(e).splitlines()[0][:200]}") from None
+        reason = str(e).splitlines()[0][:200]
+        if any(sign in reason for sign in ("out of memory", "not enough memory", "can't allocate memory")):
+            raise Failure(f"out of memory: {task.lower_memory} ({reason})") from None
+        if dist.is_initialized() and ("gloo" in reason or "NCCL" in reason):
+            raise Failure(f"another process is gone, or hangs: {reason}") from None
+        raise
     if stop.signal:
         again = [arg for arg in sys.argv[1:] if not arg.startswith("--init_from=")]
-        command = " ".join([launcher(), sys.argv[0], *again, "--init_from=resume"])
+        processes = os.environ.get("LOCAL_WORLD_SIZE")
+        launcher = f"torchrun --nproc_per_node={processes}" if processes else "python"
+        command = " ".join([launcher, sys.argv[0], *again, "--init_from=resume"])
         print(f"stopped after update {state['step']}; to go on: {command}", flush=True)
         leave(128 + stop.signal)
 
 
-def launcher():
-    return (
-        f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if "LOCAL_WORLD_SIZE" in os.environ else "python"
-    )
-
-
 def train_until(stop, cfg, task, optimizers, state, device, dtype):
     out_dir, model = Path(cfg.out_dir), task.model
-    is_first = rank() == 0
-    log = Log(cfg, state["step"]) if is_first else None
+    log = Log(cfg, state["step"])
     forward = parallel(model, cfg)
     peak = peak_flops(device, dtype) * world_size()
     step, started = state["step"], time.perf_counter() - state["seconds"]
@@ -698,9 +704,10 @@ def train_until(stop, cfg, task, optimizers, state, device, dtype):
     skipped, troubles = 0, []
 
     def keep(write, *args):
-        """Write something; what a full disk does not take is said, and does not end the run."""
+        """Let rank 0 write something; what a full disk does not take is said, and does not end the run."""
         try:
-            write(*args)
+            if rank() == 0:
+                write(*args)
         except OSError as e:
             troubles.append(str(e))
             print(f"warning: {e}; training goes on", flush=True)
@@ -716,10 +723,9 @@ def train_until(stop, cfg, task, optimizers, state, device, dtype):
     def save_all(is_best):
         weights = assembled(model.state_dict())
         resumable = {**state, "optimizers": assembled([optimizer.state_dict() for optimizer in optimizers])}
-        if is_first and is_best:
+        if is_best:
             keep(save, out_dir / "best", weights)
-        if is_first:
-            keep(save, out_dir / "last", weights, resumable)
+        keep(save, out_dir / "last", weights, resumable)
 
     def evaluate_and_save():
         nonlocal window_start
@@ -734,11 +740,10 @@ def train_until(stop, cfg, task, optimizers, state, device, dtype):
         story = task.sample()  # by all processes: where weights are sharded, all are needed
         model.train()
         print(f"  {story}\n", flush=True)
-        if is_first:
-            counters = {key: state[key] for key in ("step", "tokens", "seconds", "best_val_loss")}
-            keep(log.write, {"event": "eval", **counters, **results, "sample": story})
-            keep(draw_loss, out_dir, task.floor_loss)
-            keep(write_samples, out_dir)
+        counters = {key: state[key] for key in ("step", "tokens", "seconds", "best_val_loss")}
+        keep(log.write, {"event": "eval", **counters, **results, "sample": story})
+        keep(draw_loss, out_dir, task.floor_loss)
+        keep(write_samples, out_dir)
         save_all(is_best)
         window_start += time.perf_counter() - paused
 
@@ -757,12 +762,7 @@ def train_until(stop, cfg, task, optimizers, state, device, dtype):
                 group["lr"] = lr
         torch.manual_seed(hash((cfg.seed, step, rank())))  # dropout, too, is a function of (seed, step)
         micro_batches = task.updates(step)
-        try:
-            train_loss, grad_norm = update(forward, micro_batches, optimizers, cfg, device, dtype)
-        except RuntimeError as e:
-            if "memory" not in str(e):
-                raise
-            raise Failure(f"out of memory: {task.lower_memory} ({str(e).splitlines()[0][:200]})") from None
+        train_loss, grad_norm = update(forward, micro_batches, optimizers, cfg, device, dtype)
         step += 1
         tokens = sum(x.numel() for x, _ in micro_batches)
         state.update(step=step, tokens=state["tokens"] + tokens, seconds=time.perf_counter() - started)
@@ -770,8 +770,7 @@ def train_until(stop, cfg, task, optimizers, state, device, dtype):
         skipped = 0 if math.isfinite(train_loss) and math.isfinite(grad_norm) else skipped + 1
         if skipped:
             print(f"update {step}: skipped, its loss is {train_loss} and its gradient norm {grad_norm}", flush=True)
-            if is_first:
-                keep(log.write, {"event": "skipped", "step": step, "train_loss": train_loss, "grad_norm": grad_norm})
+            keep(log.write, {"event": "skipped", "step": step, "train_loss": train_loss, "grad_norm": grad_norm})
         if skipped == MAX_SKIPPED:
             at = f"the checkpoint of update {state['evaluated']} is in {out_dir / 'last'}"
             raise Failure(f"{skipped} updates in a row without a finite loss and gradient; {at}; lower learning_rate, "
@@ -781,10 +780,9 @@ def train_until(stop, cfg, task, optimizers, state, device, dtype):
             rate = window_tokens / (now - window_start)
             mfu = rate * model.flops_per_token(micro_batches[0][0].shape[1]) / peak
             left = (cfg.max_iters - step) * (now - window_start) / window_steps
-            if is_first:
-                keep(log.write, {"event": "step", "step": step, "tokens": state["tokens"], "seconds": now - started,
-                                 "train_loss": train_loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_sec": rate,
-                                 "mfu": mfu})  # fmt: skip
+            keep(log.write, {"event": "step", "step": step, "tokens": state["tokens"], "seconds": now - started,
+                             "train_loss": train_loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_sec": rate,
+                             "mfu": mfu})  # fmt: skip
             print(
                 f"update {step:5}/{cfg.max_iters}: loss {train_loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, "
                 f"{rate:,.0f} tokens/s, {mfu:.0%} MFU, {clock(left)} left",

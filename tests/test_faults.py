@@ -90,8 +90,9 @@ def child(*more):
 killed = inside = finished = 0
 while killed < kills or finished == 0:
     last = train.whole_checkpoint(out / "last")
+    started = time.time()
     pid = child(*(["--init_from=resume"] if last.exists() else []))
-    end = time.monotonic() + (random.uniform(0.1, 1.5) if killed < kills else 600)
+    end = time.monotonic() + (random.uniform(0.1, 2.5) if killed < kills else 600)
     done = 0
     while not done and time.monotonic() < end:
         time.sleep(0.002)
@@ -106,7 +107,7 @@ while killed < kills or finished == 0:
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     killed += 1
-    inside += bool(list(out.glob("*.part")) or list(out.glob("*.replaced")))
+    inside += any(p.stat().st_ctime > started for p in [*out.glob("*.part"), *out.glob("*.replaced")])
     after = train.whole_checkpoint(out / "last")
     if last.exists() or after.exists():
         model = train.open_model(after, "cpu")
