@@ -29,7 +29,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from config import UserError, run
+from config import MAX, UserError, check_range, run
 
 
 @dataclass
@@ -44,6 +44,12 @@ class PrepareConfig:
     val_fraction: float = 0.01  # share of documents held out, where the dataset has no validation split
     max_documents: int = 0  # stop after so many documents; 0: all of them (fables: 40,000)
     seed: int = 0  # which fables are told
+
+    def __post_init__(self):
+        check_range(self, 0, 0.999, "val_fraction")
+        check_range(self, 0, MAX, "max_documents")
+        if not self.separator:
+            raise ValueError("separator is empty: name what stands between documents")
 
 
 END_OF_TEXT = "<|endoftext|>"
@@ -628,8 +634,6 @@ def flush(path):
 
 
 def main(cfg):
-    if not 0 <= cfg.val_fraction < 1:
-        raise UserError(f"--val_fraction={cfg.val_fraction}: must be at least 0 and less than 1")
     is_fables = cfg.dataset == "fables"
     path = Path(cfg.dataset)
     out = DATA / (cfg.name or (path.resolve().stem if path.exists() else path.name))
