@@ -97,7 +97,7 @@ def test_interactive_keeps_asking(project):
         (["--model=data"], "not a Gemma 3 model directory"),
         (["--start=FILE:none.txt"], "none.txt"),
         (["--temperature=-1"], "at least 0"),
-        (["--top_p=0"], "above 0"),
+        (["--top_p=0"], "between 1e-06 and 1"),
         (["--num_samples=0"], "at least 1"),
         (["--start=" + "fox " * 700], "512 positions"),
     ],
