@@ -23,6 +23,10 @@ LORA = ["--init_from=out/base/best", "--data=fables", "--max_records=60", "--num
         "--forgetting=fables", "--optimizer=adamw", "--forgetting_block_size=64", "--merge=True"]  # fmt: skip
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     path = copy_project(tmp_path_factory.mktemp("project"))
@@ -53,7 +57,7 @@ def agree(run, other):
         assert a.keys() == b.keys() and list(a.values()) == pytest.approx(list(b.values()), rel=within), (event, key)
 
 
-@pytest.mark.parametrize("processes, way", [(2, "ddp"), (2, "fsdp"), (4, "ddp")])
+@pytest.mark.parametrize("processes, way", [(2, "ddp"), (2, "fsdp"), slow(4, "ddp"), slow(4, "fsdp")])
 def test_losses_are_those_of_one_process(project, single, processes, way):
     """With accumulation, 12 rows an update: 3 micro-batches share out neither in 2 nor in 4."""
     out = f"out/{way}{processes}"
@@ -66,6 +70,7 @@ def test_losses_are_those_of_one_process(project, single, processes, way):
     assert {n: w.shape for n, w in ours.items()} == {n: w.shape for n, w in theirs.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_muon_too(project, way):
     """Its own arithmetic is bfloat16, which makes more of a rounding."""
@@ -76,7 +81,7 @@ def test_muon_too(project, way):
     assert [loss for _, loss in one] == pytest.approx([loss for _, loss in two], rel=5e-5)
 
 
-@pytest.mark.parametrize("before, after", [("ddp", None), (None, "fsdp"), ("fsdp", "ddp")])
+@pytest.mark.parametrize("before, after", [("ddp", None), (None, "fsdp"), slow("fsdp", "ddp")])
 def test_a_checkpoint_resumes_on_any_number_of_processes(project, single, before, after):
     out = f"out/{before}-{after}"
     for way, more in ((before, "--eval_interval=5"), (after, "--init_from=resume")):
@@ -97,7 +102,7 @@ def test_a_checkpoint_resumes_on_any_number_of_processes(project, single, before
     agree(project / out, single)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["ddp", slow("fsdp")])
 def test_lora_in_two_processes(project, single, way):
     if not (project / "out" / "base").exists():
         os.symlink(single, project / "out" / "base")
@@ -131,7 +136,7 @@ def wait_for_update(process, number):
     raise AssertionError(process.stderr.read())
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["ddp", slow("fsdp")])
 def test_a_killed_rank_ends_all_and_a_restart_goes_on(project, way):
     out = project / "out" / f"killed-{way}"
     process = start(project, out, *WAYS[way])
