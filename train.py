@@ -412,7 +412,7 @@ def learning_rate(step, cfg):
 
 def evaluate(model, batches, device, dtype):
     """Mean loss in nats over the targets of batches of (inputs, targets), which the processes share out."""
-    was_training = model.training
+    was_training, batches = model.training, iter(batches)
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)  # of losses, of targets
     with torch.no_grad(), autocast(device, dtype):

@@ -38,32 +38,22 @@ def random_starts():
     train.Rows = AnywhereRows
 
 
-def scaled_outputs():
-    """Projections back into the residual stream start smaller by the square root of their number, as GPT-2's do."""
-    init_weights = train.Gemma.init_weights
+def outputs_at(scale):
+    """Projections back into the residual stream start smaller, by scale(number of layers)."""
 
-    def scaled(self, seed):
-        model = init_weights(self, seed)
-        for name, p in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                p.data /= (2 * self.config.num_hidden_layers) ** 0.5
-        return model
+    def patch():
+        init_weights = train.Gemma.init_weights
 
-    train.Gemma.init_weights = scaled
+        def scaled(self, *args):
+            model = init_weights(self, *args)
+            for name, p in model.named_parameters():
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    p.data *= scale(self.config.num_hidden_layers)
+            return model
 
+        train.Gemma.init_weights = scaled
 
-def zero_outputs():
-    """Projections back into the residual stream start at zero."""
-    init_weights = train.Gemma.init_weights
-
-    def zeroed(self, seed):
-        model = init_weights(self, seed)
-        for name, p in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                p.data.zero_()
-        return model
-
-    train.Gemma.init_weights = zeroed
+    return patch
 
 
 def growing_batch():
@@ -98,8 +88,8 @@ VARIANTS = {  # name: (flags, a patch)
     "beta2 0.99": (["--beta2=0.99"], None),
     "weight decay 0.1": (["--weight_decay=0.1"], None),
     "random starts": ([], random_starts),
-    "scaled outputs": ([], scaled_outputs),
-    "zero outputs": ([], zero_outputs),
+    "scaled outputs": ([], outputs_at(lambda layers: (2 * layers) ** -0.5)),
+    "zero outputs": ([], outputs_at(lambda layers: 0.0)),
     "growing batch": ([], growing_batch),
 }
 
