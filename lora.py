@@ -401,6 +401,7 @@ def report(task, before, after, out_dir):
 def main(cfg, loop):
     device, dtype, loop = start_system(loop)
     loop = place(loop, f"out/lora-{Path(cfg.data).stem}")
+    settings = asdict(cfg) | asdict(loop)
     state = {"step": 0, "tokens": 0, "seconds": 0.0, "best_val_loss": math.inf, "evaluated": -1}
     last = whole_checkpoint(Path(loop.out_dir) / "last")
     if loop.init_from == "scratch":
@@ -408,7 +409,9 @@ def main(cfg, loop):
     if loop.init_from == "resume":
         if not last.is_dir():
             raise UserError(f"--init_from=resume: no checkpoint in {last}")
-        state = read_state(last, asdict(cfg) | asdict(loop), ("optimizer", "rank", "alpha", "targets", "rslora"))
+        state = read_state(last, settings, ("optimizer", "rank", "alpha", "targets", "rslora"))
+        if "base_model" not in state:
+            raise UserError(f"--init_from=resume: the run in {last} is no instruction tuning")
         base_model = state["base_model"] if cfg.rank else last
     else:
         base_model = loop.init_from
@@ -428,7 +431,6 @@ def main(cfg, loop):
             add_lora(model, cfg.rank, cfg.alpha, cfg.lora_dropout, cfg.targets, cfg.rslora)
     except ValueError as e:
         raise UserError(str(e)) from None
-    settings = asdict(cfg) | asdict(loop)
     if loop.fsdp:
         shard(model, dtype)
     train_records, val_records, checked = open_records(cfg, loop)
@@ -460,6 +462,7 @@ def main(cfg, loop):
     if rank() == 0:
         report(task, state["before"], after, loop.out_dir)
         if cfg.merge:
+            last = Path(loop.out_dir) / "last"
             task.model = open_model(base_path if cfg.rank else last, "cpu")
             if cfg.rank:
                 task.model = merge_lora(load_adapter(task.model, last))

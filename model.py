@@ -370,9 +370,8 @@ class Gemma(nn.Module):
         device = device or self.device
         generator = torch.Generator(device).manual_seed(seed)
         for p in self.parameters():
-            p.copy_(
-                torch.empty(p.shape, device=device).normal_(0, 0.02, generator=generator)
-            ) if p.ndim > 1 else p.zero_()
+            drawn = torch.empty(p.shape, device=device)
+            p.copy_(drawn.normal_(0, 0.02, generator=generator) if p.ndim > 1 else drawn.zero_())
         return self
 
     @property

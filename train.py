@@ -187,17 +187,23 @@ def open_dataset(name):
     tokenizer = Tokenizer.load(path)
     try:
         meta = json.loads((path / "meta.json").read_text())
-        assert meta["vocab_size"] == tokenizer.vocab_size, (
-            f"vocab_size {meta['vocab_size']}, tokenizer.json has {tokenizer.vocab_size}"
-        )
-        assert meta["dtype"] in ("uint16", "uint32"), f"dtype {meta['dtype']!r}"
-        assert isinstance(meta["floor_bits_per_byte"], float | None), "floor_bits_per_byte"
+        odd = []
+        if meta["vocab_size"] != tokenizer.vocab_size:
+            odd.append(f"vocab_size {meta['vocab_size']}, tokenizer.json has {tokenizer.vocab_size}")
+        if meta["dtype"] not in ("uint16", "uint32"):
+            raise ValueError(f"dtype {meta['dtype']!r}")
+        if not isinstance(meta["floor_bits_per_byte"], float | None):
+            odd.append("floor_bits_per_byte")
         for split in ("train", "val"):
             size, tokens = (path / f"{split}.bin").stat().st_size, meta[split]["tokens"]
-            assert tokens > 0 < meta[split]["bytes"], f"no tokens in {split}"
             wanted = tokens * np.dtype(meta["dtype"]).itemsize
-            assert size == wanted, f"{tokens} tokens in {split}.bin are {wanted} bytes, the file has {size}"
-    except (AssertionError, OSError, ValueError, KeyError, TypeError) as e:
+            if not (tokens > 0 < meta[split]["bytes"]):
+                odd.append(f"no tokens in {split}")
+            elif size != wanted:
+                odd.append(f"{tokens} tokens in {split}.bin are {wanted} bytes, the file has {size}")
+        if odd:
+            raise ValueError(odd[0])
+    except (OSError, ValueError, KeyError, TypeError) as e:
         reason = f"no {e}" if isinstance(e, KeyError) else e
         raise UserError(f"{path / 'meta.json'} does not describe what is here ({reason}): prepare it again") from None
     return path, meta, tokenizer

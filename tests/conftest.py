@@ -61,12 +61,23 @@ def run_script(project, *args, ok=True, timeout=240, stdin=None):
     return result
 
 
-def fails(project, *args):
-    """Run it; it must end with exit code 2 and one line on stderr -> that line."""
-    result = run_script(project, *args, ok=False)
+def one_line(result, code):
+    """A finished process that must have failed with this code and one line on stderr -> that line."""
     lines = [line for line in result.stderr.splitlines() if line]
-    assert result.returncode == 2 and len(lines) == 1, result.stdout + result.stderr
+    assert result.returncode == code and len(lines) == 1, result.stdout + result.stderr
     return lines[0]
+
+
+def fails(project, *args):
+    """Run a script that must find a mistake of the user's -> the line that says so."""
+    return one_line(run_script(project, *args, ok=False), 2)
+
+
+def losses(run):
+    """(update, training loss) of each line in a run's log."""
+    from train import read_log  # not before the environment above is set
+
+    return [(e["step"], e["train_loss"]) for e in read_log(run / "log.jsonl") if e["event"] == "step"]
 
 
 # a model and a batch small enough for any test

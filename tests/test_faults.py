@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, copy_project, fails, run_script
+from conftest import TINY, copy_project, fails, losses, one_line, run_script
 from safetensors.torch import load_file, save_file
 
 from model import Gemma, GemmaConfig
@@ -46,17 +46,6 @@ def damaged(project, tmp_path):
     for script in project.glob("*.py"):
         shutil.copy(script, tmp_path)
     return tmp_path
-
-
-def losses(run):
-    return [(e["step"], e["train_loss"]) for e in read_log(run / "log.jsonl") if e["event"] == "step"]
-
-
-def one_line(result, code):
-    """A finished process that must have failed with this code and one line -> that line."""
-    lines = [line for line in result.stderr.splitlines() if line]
-    assert result.returncode == code and len(lines) == 1, result.stdout + result.stderr
-    return lines[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import TINY, copy_project, run_script
+from conftest import TINY, copy_project, losses, run_script
 from safetensors.torch import load_file
 
 import train
@@ -44,10 +44,6 @@ def torchrun(*args, processes=2):
 def single(project):
     run_script(project, "train.py", *RECIPE, "--out_dir=out/single")
     return project / "out" / "single"
-
-
-def losses(run):
-    return [(e["step"], e["train_loss"]) for e in read_log(run / "log.jsonl") if e["event"] == "step"]
 
 
 def agree(run, other):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, copy_project, fails, run_script
+from conftest import TINY, copy_project, fails, losses, run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
@@ -40,10 +40,6 @@ def pretrain(project, out, *args):
     """A tiny run into out/<out> -> its folder and what it printed."""
     result = run_script(project, "train.py", "--dataset=fables", f"--out_dir=out/{out}", *TINY, *args)
     return project / "out" / out, result.stdout
-
-
-def losses(run):
-    return [(e["step"], e["train_loss"]) for e in read_log(run / "log.jsonl") if e["event"] == "step"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
