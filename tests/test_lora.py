@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import TINY, copy_project, fails, publish_gemma, run_script
+from conftest import TINY, copy_project, fails, losses, publish_gemma, run_script
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM
@@ -322,10 +322,6 @@ def tune(project, out, *args):
     return project / "out" / out, printed
 
 
-def losses(run):
-    return [(e["step"], e["train_loss"]) for e in read_log(run / "log.jsonl") if e["event"] == "step"]
-
-
 @pytest.mark.parametrize("rank", [2, 0])
 def test_a_run_learns_reports_and_saves(project, rank):
     run, printed = tune(project, f"run{rank}", f"--rank={rank}", "--merge=True")
@@ -385,7 +381,8 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(project, rank):
     killed = project / "out" / f"killed{rank}"
     assert run_script(project, "killer.py", *LORA, *args, f"--out_dir={killed}", ok=False).returncode == 9
     assert losses(killed)[-1][0] == 13
-    tune(project, f"killed{rank}", *args, "--init_from=resume")
+    _, printed = tune(project, f"killed{rank}", *args, "--init_from=resume")
+    assert "other settings" not in printed
     assert losses(killed) == losses(whole)
     name = "adapter_model.safetensors" if rank else "model.safetensors"
     assert (killed / "last" / name).read_bytes() == (whole / "last" / name).read_bytes()
