@@ -24,6 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -201,7 +202,15 @@ class KVCache:
         return ring.unbind()
 
 
-IN_BLOCKS = ("cpu",)  # devices on which attend_in_blocks is faster than PyTorch's kernel
+def window_by_kernel(device):
+    """Whether FlexAttention makes one kernel of a sliding window: when compiled, on GPUs with the shared memory that
+    its backward needs at Gemma's head_dim of 256: H100, H200 and B200 have 227 KB a block, A100 163, others less."""
+    if device.type != "cuda" or not torch.compiler.is_compiling():
+        return False
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 2e5
+
+
+IN_BLOCKS = ("cpu",)  # devices on which attend_in_blocks is faster than PyTorch's kernel without a window, too
 QUERIES = 128  # in a block
 
 
@@ -234,19 +243,20 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if cache is not None and T == 1:
             y = attend_to_cache(q, k, v, mask, self.scale)
-        elif x.device.type in IN_BLOCKS:
+        elif mask is not None:
+            y = flex_attention(q, k, v, block_mask=mask, scale=self.scale, enable_gqa=True)
+        elif T > self.window or x.device.type in IN_BLOCKS:
             y = attend_in_blocks(q, k, v, self.window, self.scale, dropout)
         else:
-            causal = mask is None  # PyTorch's kernels are fastest so
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=self.scale, enable_gqa=True)
+            y = F.scaled_dot_product_attention(q, k, v, None, dropout, True, scale=self.scale, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H*D) -> (B, T, C)
 
 
 def attend_in_blocks(q, k, v, window, scale, dropout):
     """Causal attention of q (B, H, T, D) to k, v (B, K, T, D), each query to the `window` last keys up to its own.
 
-    On CPUs faster than PyTorch's flash kernel (python tests/benchmark.py --job=attention), above all backward. Some
-    queries at a time multiply the keys that any of them can see, so what lies beyond a window costs nothing."""
+    Some queries at a time multiply the keys that any of them can see, so what lies beyond a window costs nothing. On
+    CPUs faster than PyTorch's flash kernel (python tests/benchmark.py --job=attention), above all backward."""
     (B, H, T, D), K = q.shape, k.shape[1]
     positions, blocks = torch.arange(T, device=q.device), []
     for start in range(0, T, QUERIES):
@@ -258,6 +268,15 @@ def attend_in_blocks(q, k, v, window, scale, dropout):
         weights = F.dropout(scores.softmax(-1), dropout).type_as(v)
         blocks.append((weights.view(B, K, -1, end - first) @ v[:, :, first:end]).view(B, H, end - start, D))
     return torch.cat(blocks, dim=2)
+
+
+def sliding_window_mask(T, window, device):
+    """FlexAttention's BlockMask of the last `window` keys up to each query: blocks that no query sees are skipped."""
+
+    def seen(_batch, _head, query, key):
+        return (key <= query) & (query - key < window)
+
+    return create_block_mask(seen, None, None, T, T, device=device)
 
 
 def attend_to_cache(q, k, v, written, scale):
@@ -398,9 +417,8 @@ class Gemma(nn.Module):
         mask = {SLIDING: None, FULL: None}
         if cache is not None and T == 1:
             mask = cache.written()
-        elif T > config.sliding_window and tokens.device.type not in IN_BLOCKS:  # else causal is all there is to it
-            distance = positions[:, None] - positions  # (T, T), query minus key
-            mask[SLIDING] = (distance >= 0) & (distance < config.sliding_window)
+        elif T > config.sliding_window and not self.dropout.p and window_by_kernel(tokens.device):
+            mask[SLIDING] = sliding_window_mask(T, config.sliding_window, tokens.device)
 
         # the scale is rounded to the weights' dtype, as in the published models (25.25 for 270M in bfloat16)
         x = F.embedding(tokens, embedding) * torch.tensor(config.hidden_size**0.5, dtype=embedding.dtype)

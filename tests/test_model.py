@@ -73,8 +73,9 @@ def test_logits_and_gradients_equal_transformers(tmp_path, kv_heads, factor, pat
         torch.testing.assert_close(p.grad, theirs[name].grad, rtol=1e-3, atol=1e-4)
 
 
-def test_both_ways_to_attend_agree(monkeypatch):
-    """The kernel and mask that other devices use, run on this one."""
+def test_kernels_of_other_devices_agree(monkeypatch):
+    """What GPUs run in place of attend_in_blocks, run here: PyTorch's kernel in full layers, FlexAttention in sliding
+    ones. Its kernel has no backward on CPUs: gradients are those of the traced graph, run operation by operation."""
     model, x = random_model(small()), random_tokens(small(), 2, 141)
     model(x, x).backward()
     logits, gradients = model(x), [p.grad.clone() for p in model.parameters()]
@@ -82,6 +83,15 @@ def test_both_ways_to_attend_agree(monkeypatch):
     monkeypatch.setattr("model.IN_BLOCKS", ())
     model(x, x).backward()
     torch.testing.assert_close(model(x), logits, rtol=1e-4, atol=1e-4)
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-4)
+    monkeypatch.setattr("model.window_by_kernel", lambda device: True)
+    monkeypatch.setattr("model.attend_in_blocks", None)  # not to be called
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model)(x), logits, rtol=1e-4, atol=1e-4)
+    model.zero_grad()
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda q, k, v: None)
+    torch.compile(model, backend="aot_eager")(x, x).backward()
     for p, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-4)
 
