@@ -73,7 +73,8 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B.weight)  # so that at first nothing changes
 
     def forward(self, x):
-        return self.base_layer(x) + self.lora_B(self.lora_A(self.dropout(x))) * self.scale
+        base = self.base_layer(x.to(self.base_layer.weight.dtype))
+        return base + self.lora_B(self.lora_A(self.dropout(x))) * self.scale
 
 
 def lora_layers(model):
@@ -104,6 +105,13 @@ def add_lora(model, rank, alpha, dropout=0.0, targets="all-linear", rslora=False
         if name.rpartition(".")[2] in wanted:
             set_module(model, name, LoRALinear(linear, rank, scale, dropout))
     return model
+
+
+def keep_base_in(model, dtype):
+    """Keep the frozen layers' weights in the dtype that autocast multiplies them in: the same products, half the memory
+    in bfloat16, and no cast at every step. What a merge reads is the file's."""
+    for _, layer in lora_layers(model):
+        layer.base_layer.to(dtype)
 
 
 @torch.no_grad()
@@ -431,8 +439,10 @@ def main(cfg, loop):
             add_lora(model, cfg.rank, cfg.alpha, cfg.lora_dropout, cfg.targets, cfg.rslora)
     except ValueError as e:
         raise UserError(str(e)) from None
-    if loop.fsdp:
+    if loop.fsdp:  # casts each block's weights as it gathers them
         shard(model, dtype)
+    else:
+        keep_base_in(model, dtype)
     train_records, val_records, checked = open_records(cfg, loop)
     task = Tuning(cfg, loop, model, base_model, tokenizer, train_records, val_records)
     if checked and task.dropped:

@@ -249,6 +249,11 @@ def can_compile(device):
     return True
 
 
+def to_device(tensor, device):
+    """Copy a batch. From pinned memory this does not wait for the GPU, which is busy with the batch before."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def autocast(device, dtype):
     """bfloat16 matrix products over float32 weights: small updates of a bfloat16 weight would be rounded away."""
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
@@ -426,7 +431,7 @@ def evaluate(model, batches, device, dtype):
             x, y = group[min(rank(), len(group) - 1)]
             if rank() >= len(group):  # nothing left for this process, but all must come along
                 y = torch.full_like(y, -100)
-            loss = model(x.to(device), y.to(device), reduction="sum")
+            loss = model(to_device(x, device), to_device(y, device), reduction="sum")
             sums += torch.tensor([loss.item(), (y != -100).sum()], dtype=torch.float64)
     model.train(was_training)
     total, count = add_up(sums, device).tolist()
@@ -632,7 +637,7 @@ def update(forward, micro_batches, optimizers, cfg, device, dtype):
     for i, (x, y) in enumerate(mine):
         reduce_gradients(forward, i == len(mine) - 1)
         with autocast(device, dtype):
-            loss = forward(x.to(device), y.to(device), reduction="sum") / num_targets
+            loss = forward(to_device(x, device), to_device(y, device), reduction="sum") / num_targets
         (loss * world_size()).backward()  # the mean over processes is then the sum
         total += loss.detach()
     total = add_up(total, device).item()  # waits for the device

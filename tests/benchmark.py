@@ -26,7 +26,7 @@ import torch
 
 import train
 from config import UserError, run
-from lora import add_lora
+from lora import add_lora, keep_base_in
 from model import Gemma, GemmaConfig, attend_in_blocks
 
 SHAPES = {  # vocab_size, hidden_size, layers, heads, key/value heads, head_dim, intermediate_size
@@ -92,7 +92,7 @@ def training(cfg, device, dtype):
     """Updates as train.py makes them, on random tokens -> (a function that makes one, tokens in it, the model)."""
     model = build(cfg, device)
     if cfg.job == "lora":
-        add_lora(model, cfg.rank, 2.0 * cfg.rank)
+        keep_base_in(add_lora(model, cfg.rank, 2.0 * cfg.rank), dtype)
     loop = train.TrainConfig(optimizer=cfg.optimizer, learning_rate=1e-4, compile=cfg.compile)
     optimizers = train.make_optimizers(model, loop)
     forward = torch.compile(model) if cfg.compile else model

@@ -10,7 +10,17 @@ from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM
 
-from lora import LoraConfig, LoRALinear, Tuning, add_lora, load_adapter, lora_layers, merge_lora, save_adapter
+from lora import (
+    LoraConfig,
+    LoRALinear,
+    Tuning,
+    add_lora,
+    keep_base_in,
+    load_adapter,
+    lora_layers,
+    merge_lora,
+    save_adapter,
+)
 from model import Gemma, GemmaConfig
 from prepare import Tokenizer, encode_conversation, end_of_response, read_turns, train_bpe
 from train import TrainConfig, make_optimizers, read_log
@@ -34,8 +44,8 @@ def random_tokens(*shape):
 def adapted(rslora=False, targets="all-linear"):
     """A base model and the same with an adapter that does something."""
     base, model = base_model(), base_model()
-    add_lora(model, 3, 7.0, targets=targets, rslora=rslora)
     torch.manual_seed(3)
+    add_lora(model, 3, 7.0, targets=targets, rslora=rslora)
     for _, layer in lora_layers(model):
         torch.nn.init.normal_(layer.lora_B.weight, std=0.05)
     return base, model
@@ -145,6 +155,19 @@ def test_memory_scales_with_the_adapters():
     optimizer.step()
     state = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t) and t.numel() > 1]
     assert sum(t.numel() for t in state) == 2 * small
+
+
+def test_base_kept_in_bfloat16_gives_the_same_gradients():
+    gradients, x = [], random_tokens(2, 20)
+    for kept_in in (torch.float32, torch.bfloat16):
+        _, model = adapted()
+        keep_base_in(model, kept_in)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x, x).backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(map(torch.equal, *gradients))
+    assert len(list(model.generate(x, 2))) == 2  # without autocast, as for the answers it shows
+    assert {p.dtype for name, p in model.named_parameters() if "base_layer" not in name} == {torch.float32}
 
 
 def test_dropout_acts_on_the_adapter_alone():
