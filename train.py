@@ -73,6 +73,7 @@ class TrainConfig:
     decay: str = "linear"  # cosine (after warmup) or linear (constant, then down over the last cooldown_frac)
     cooldown_frac: float = 0.4  # share of max_iters in which decay=linear comes down
     weight_decay: float = 0.0  # on block matrices only: decaying a norm's weight pulls its gain to 1, not to 0
+    momentum: float = 0.8  # Muon: decay of the mean gradient
     beta1: float = 0.9  # AdamW: decay of the mean gradient
     beta2: float = 0.95  # AdamW: decay of the mean squared gradient
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
@@ -93,7 +94,7 @@ class TrainConfig:
         check_range(self, 1, MAX, "gradient_accumulation_steps", "eval_interval", "log_interval")
         check_range(self, 0, MAX, "max_iters", "warmup_iters", "weight_decay", "grad_clip", "sample_tokens", "seed")
         check_range(self, 1e-12, 1e3, "learning_rate")
-        check_range(self, 0, 0.999999, "beta1", "beta2")
+        check_range(self, 0, 0.999999, "momentum", "beta1", "beta2")
         check_range(self, 0, 1, "cooldown_frac")
         for key, choices in (("optimizer", ("muon", "adamw")), ("decay", ("cosine", "linear"))):
             if getattr(self, key) not in choices:
@@ -379,9 +380,8 @@ def make_optimizers(model, cfg):
         groups.append({"params": matrices, "weight_decay": cfg.weight_decay})
     elif matrices:
         # match_rms_adamw (Liu et al. 2025) scales Muon's updates to the size of AdamW's: one learning rate serves both
-        muon = torch.optim.Muon(
-            matrices, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
+        how = {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay, "momentum": cfg.momentum}
+        muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **how)
         optimizers.append(muon)
     groups = [g for g in groups if g["params"]]
     if groups:
@@ -391,7 +391,8 @@ def make_optimizers(model, cfg):
 
 
 def resume_optimizers(optimizers, states):
-    """Give the optimizers their states from a checkpoint, which any number of processes may have written."""
+    """Give the optimizers their states from a checkpoint, which any number of processes may have written. Settings, as
+    momentum, stay what this run has."""
     for optimizer, saved in zip(optimizers, states, strict=bool(states)):
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for i, values in saved["state"].items():
@@ -401,7 +402,7 @@ def resume_optimizers(optimizers, states):
                     from torch.distributed.tensor import distribute_tensor
 
                     values[key] = distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
-        optimizer.load_state_dict(saved)
+        optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def learning_rate(step, cfg):

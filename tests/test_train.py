@@ -161,6 +161,22 @@ def test_every_parameter_in_one_group_and_norms_never_decay(optimizer):
             assert group["weight_decay"] == (0.1 if decays else 0)
 
 
+def test_a_resumed_run_trains_with_its_own_settings():
+    """load_state_dict alone would bring back those of the checkpoint, while we say that they have changed."""
+    model = Gemma(GemmaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, head_dim=16, intermediate_size=64))
+    x = torch.arange(16)[None]
+    before = make_optimizers(model, TrainConfig())
+    train.update(model, [(x, x)], before, TrainConfig(), torch.device("cpu"), torch.float32)
+    after = make_optimizers(model, TrainConfig(weight_decay=0.1, momentum=0.5, beta1=0.6))
+    train.resume_optimizers(after, [optimizer.state_dict() for optimizer in before])
+    assert after[0].param_groups[0]["weight_decay"] == 0.1 and after[0].param_groups[0]["momentum"] == 0.5
+    assert after[1].param_groups[0]["betas"] == (0.6, 0.95)
+    for old, new in zip(before, after, strict=True):
+        assert len(old.state) == len(new.state) > 0
+        for p, values in old.state.items():
+            assert all(torch.equal(values[key], new.state[p][key]) for key in values)
+
+
 def test_accumulation_weighs_targets_not_micro_batches(project):
     """Mean of means is the classic mistake (transformers 34191): with unequal masks it differs. Two accumulated
     micro-batches must train like one batch of both."""
