@@ -384,13 +384,19 @@ class Gemma(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed, device=None):
-        """Draw every matrix from N(0, 0.02) on `device`, by default the model's; norm weights are 0, the identity.
-        The embedding too: its rows are also the head's, and with std 0.02 the first loss is about ln(V)."""
+        """Draw every matrix from N(0, 0.02) on `device`, by default the model's. The embedding too: its rows are also
+        the head's, and with std 0.02 the first loss is about ln(V). The norms behind attention and MLP start with the
+        gain that makes what a block adds as large as an embedded token, whatever the weights before them are: at a gain
+        of 1 it would be several times that, which learns more slowly (README). Other norms start as the identity."""
         device = device or self.device
         generator = torch.Generator(device).manual_seed(seed)
-        for p in self.parameters():
+        embedded = 0.02 * self.config.hidden_size**0.5  # rms of an embedded token
+        for name, p in self.named_parameters():
             drawn = torch.empty(p.shape, device=device)
-            p.copy_(drawn.normal_(0, 0.02, generator=generator) if p.ndim > 1 else drawn.zero_())
+            if p.ndim > 1:
+                p.copy_(drawn.normal_(0, 0.02, generator=generator))
+            else:
+                p.fill_(embedded - 1 if "post_" in name else 0.0)
         return self
 
     @property

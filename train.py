@@ -73,7 +73,7 @@ class TrainConfig:
     decay: str = "linear"  # cosine (after warmup) or linear (constant, then down over the last cooldown_frac)
     cooldown_frac: float = 0.4  # share of max_iters in which decay=linear comes down
     weight_decay: float = 0.0  # on block matrices only: decaying a norm's weight pulls its gain to 1, not to 0
-    momentum: float = 0.8  # Muon: decay of the mean gradient
+    momentum: float = 0.95  # Muon: decay of the mean gradient; in short runs less is better
     beta1: float = 0.9  # AdamW: decay of the mean gradient
     beta2: float = 0.95  # AdamW: decay of the mean squared gradient
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping

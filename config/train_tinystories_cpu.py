@@ -19,11 +19,12 @@ max_position_embeddings = 1024
 # updates was best half way and memorized from then on (best/ keeps the best); more text bears more updates.
 batch_size = 8
 block_size = 512
-max_iters = 400
+max_iters = 220
 
-learning_rate = 4e-3
-warmup_iters = 50
+learning_rate = 8e-3
+warmup_iters = 10
+momentum = 0.8  # of few updates, none should count for long
 
-eval_interval = 100
+eval_interval = 55
 log_interval = 10
 sample_prompt = "Once upon a time"

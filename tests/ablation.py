@@ -38,22 +38,40 @@ def random_starts():
     train.Rows = AnywhereRows
 
 
-def outputs_at(scale):
-    """Projections back into the residual stream start smaller, by scale(number of layers)."""
+def init_changed(change):
+    """change(name, weight, config) is called for every weight after init_weights."""
 
     def patch():
         init_weights = train.Gemma.init_weights
 
-        def scaled(self, *args):
+        def changed(self, *args):
             model = init_weights(self, *args)
             for name, p in model.named_parameters():
-                if name.endswith(("o_proj.weight", "down_proj.weight")):
-                    p.data *= scale(self.config.num_hidden_layers)
+                change(name, p.data, self.config)
             return model
 
-        train.Gemma.init_weights = scaled
+        train.Gemma.init_weights = changed
 
     return patch
+
+
+def scaled_outputs(name, weight, config):
+    """Projections back into the residual stream start smaller, as GPT-2's."""
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        weight *= (2 * config.num_hidden_layers) ** -0.5
+
+
+def identity_norms(name, weight, config):
+    """The norms behind attention and MLP start with a gain of 1, as all others."""
+    if "norm" in name:
+        weight.zero_()
+
+
+def large_embedding(name, weight, config):
+    """The same balance of tokens and blocks, from the other side: embedded tokens start with an rms of 1."""
+    identity_norms(name, weight, config)
+    if "embed" in name:
+        weight *= config.hidden_size**-0.5 / 0.02
 
 
 def growing_batch():
@@ -69,27 +87,32 @@ def growing_batch():
     train.Pretraining.updates = updates
 
 
+ADAMW, COSINE = "--optimizer=adamw", "--decay=cosine"
 VARIANTS = {  # name: (flags, a patch)
     "recipe": ([], None),
-    "AdamW 1e-3": (["--optimizer=adamw", "--learning_rate=1e-3"], None),
-    "AdamW 2e-3": (["--optimizer=adamw", "--learning_rate=2e-3"], None),
-    "AdamW 4e-3": (["--optimizer=adamw", "--learning_rate=4e-3"], None),
-    "AdamW 8e-3": (["--optimizer=adamw", "--learning_rate=8e-3"], None),
+    "AdamW 1e-3": ([ADAMW, "--learning_rate=1e-3"], None),
+    "AdamW 2e-3": ([ADAMW, "--learning_rate=2e-3"], None),
+    "AdamW 4e-3": ([ADAMW, "--learning_rate=4e-3"], None),
+    "AdamW 8e-3": ([ADAMW, "--learning_rate=8e-3"], None),
+    "AdamW 2e-3 identity norms": ([ADAMW, "--learning_rate=2e-3"], init_changed(identity_norms)),
+    "AdamW 4e-3 identity norms": ([ADAMW, "--learning_rate=4e-3"], init_changed(identity_norms)),
+    "AdamW 2e-3 cosine": ([ADAMW, "--learning_rate=2e-3", COSINE], None),
     "Muon 2.5e-3": (["--learning_rate=2.5e-3"], None),
+    "Muon 4e-3": (["--learning_rate=4e-3"], None),
     "Muon 1e-2": (["--learning_rate=1e-2"], None),
-    "Muon 2e-2": (["--learning_rate=2e-2"], None),
-    "cosine": (["--decay=cosine"], None),
+    "momentum 0.6": (["--momentum=0.6"], None),
+    "momentum 0.9": (["--momentum=0.9"], None),
+    "momentum 0.95": (["--momentum=0.95"], None),
+    "identity norms": ([], init_changed(identity_norms)),
+    "large embedding": ([], init_changed(large_embedding)),
+    "scaled outputs": ([], init_changed(scaled_outputs)),
+    "cosine": ([COSINE], None),
     "cooldown 0.25": (["--cooldown_frac=0.25"], None),
     "cooldown 0.75": (["--cooldown_frac=0.75"], None),
     "cooldown 1.0": (["--cooldown_frac=1"], None),
-    "cosine 1e-2": (["--decay=cosine", "--learning_rate=1e-2"], None),
-    "AdamW 2e-3 cosine": (["--optimizer=adamw", "--learning_rate=2e-3", "--decay=cosine"], None),
-    "warmup 20": (["--warmup_iters=20"], None),
+    "warmup 100": (["--warmup_iters=100"], None),
     "beta2 0.99": (["--beta2=0.99"], None),
-    "weight decay 0.1": (["--weight_decay=0.1"], None),
     "random starts": ([], random_starts),
-    "scaled outputs": ([], outputs_at(lambda layers: (2 * layers) ** -0.5)),
-    "zero outputs": ([], outputs_at(lambda layers: 0.0)),
     "growing batch": ([], growing_batch),
 }
 

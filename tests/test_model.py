@@ -176,6 +176,17 @@ def test_first_loss_is_that_of_uniform_guessing():
     assert abs(loss.item() - torch.tensor(4096.0).log().item()) < 0.3
 
 
+def test_blocks_start_by_adding_as_much_as_a_token():
+    config, sizes = GemmaConfig(vocab_size=4096, num_hidden_layers=2), []
+    model = Gemma(config).init_weights(0)
+    for block in model.model.layers:
+        for norm in (block.post_attention_layernorm, block.post_feedforward_layernorm):
+            norm.register_forward_hook(lambda module, x, y: sizes.append(y.square().mean().sqrt().item()))
+    model(random_tokens(config, 2, 64))
+    embedded = model.model.embed_tokens.weight.square().mean().sqrt().item() * config.hidden_size**0.5
+    assert sizes == pytest.approx([embedded] * 4, rel=0.01)
+
+
 def test_init_is_a_function_of_the_seed():
     a, b, c = (Gemma(small()).init_weights(seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(a[k], b[k]) for k in a)
