@@ -345,7 +345,8 @@ class HeadLoss(torch.autograd.Function):
             logits = F.linear(x_i, w).float()  # (rows, V)
             log_sum = logits.logsumexp(-1, keepdim=True)
             index, kept = y.clamp(min=0), y != -100
-            loss += ((log_sum - logits.gather(1, index)) * kept).sum()
+            # not in place: torch.compile in PyTorch 2.11 would lose the gradient of what is returned
+            loss = loss + ((log_sum - logits.gather(1, index)) * kept).sum()
             if with_gradients:
                 # d loss / d logits: the probabilities, less 1 at the target
                 grad = (((logits - log_sum).exp() - (index == tokens).float()) * kept).to(dtype)
