@@ -449,19 +449,24 @@ def test_a_270m_checkpoint_with_the_official_vocabulary(tmp_path):
     code = f"""
 import re, time, torch
 from model import Gemma
+
+def kib(field):
+    return int(re.search(field + ":\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+held = kib("VmRSS")  # by the libraries: those of a CUDA build hold more
 start = time.perf_counter()
 model = Gemma.from_pretrained({str(tmp_path)!r}).eval()
 seconds = time.perf_counter() - start
-kib = re.search("VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]  # the most memory this process has held
+peak = kib("VmHWM")  # the most memory this process has held
 with torch.no_grad():
     torch.save(model(torch.arange(0, 262144, 20000)[None]), {str(tmp_path / "logits.pt")!r})
-print(model.num_params().total, seconds, kib)
+print(model.num_params().total, seconds, held, peak)
 """
     made = subprocess.run([sys.executable, "-c", code], cwd=HOME, capture_output=True, text=True, check=True)
-    parameters, seconds, kib = made.stdout.split()
-    print(f"loaded in {float(seconds):.1f} s, at most {int(kib) / 1e6:.2f} GB")
+    parameters, seconds, held, peak = made.stdout.split()
+    print(f"loaded in {float(seconds):.1f} s, at most {int(peak) / 1e6:.2f} GB")
     assert int(parameters) == 268_098_176
-    assert int(kib) < 1.5e6
+    assert int(peak) - int(held) < 1.25e6
     with torch.no_grad():
         logits = peer(torch.arange(0, 262144, 20000)[None]).logits
     ours = torch.load(tmp_path / "logits.pt")
