@@ -26,8 +26,7 @@ max_iters = 3000
 
 learning_rate = 5e-3
 warmup_iters = 30
-momentum = 0.8  # learns faster than 0.95, and ends alike
-cooldown_frac = 0.75
+cooldown_frac = 0.5
 
 eval_interval = 750
 log_interval = 50
