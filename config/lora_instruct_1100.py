@@ -3,8 +3,8 @@
 #     python lora.py config/lora_instruct_1100.py --data=instruction_1100.json
 #
 # The records are those of rasbt/LLMs-from-scratch, chapter 7 (instruction, input, output). Held-out response perplexity
-# falls from 1,763 to 24 and the answers take the form asked for, but a model that has read 1.4 MB of stories knows no
-# antonyms: "An antoncelet of 'begad' is 'danangi'."
+# falls from 1,104 to 26 and the answers take the form asked for, but a model that has read 1.4 MB of stories knows no
+# antonyms: "An antonimal of 'dad' is 'strun'."
 data = "instruction_1100.json"
 init_from = "out/tinystories-cpu/best"
 out_dir = "out/lora-instruct-1100"

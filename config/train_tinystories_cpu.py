@@ -15,7 +15,7 @@ sliding_window = 512
 max_position_embeddings = 1024
 
 # 8 rows x 512 tokens = 4,096 tokens an update; 220 updates = 0.9M tokens, two minutes on two CPU cores. On the first
-# 1.4 MB of TinyStories these are 2.6 epochs and end at 1.01 bits per byte on held-out stories. There, longer runs
+# 1.4 MB of TinyStories these are 2.1 epochs and end at 1.01 bits per byte on held-out stories. There, longer runs
 # memorize; more text bears more updates.
 batch_size = 8
 block_size = 512
