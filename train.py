@@ -188,22 +188,19 @@ def open_dataset(name):
     tokenizer = Tokenizer.load(path)
     try:
         meta = json.loads((path / "meta.json").read_text())
-        odd = []
         if meta["vocab_size"] != tokenizer.vocab_size:
-            odd.append(f"vocab_size {meta['vocab_size']}, tokenizer.json has {tokenizer.vocab_size}")
+            raise ValueError(f"vocab_size {meta['vocab_size']}, tokenizer.json has {tokenizer.vocab_size}")
         if meta["dtype"] not in ("uint16", "uint32"):
             raise ValueError(f"dtype {meta['dtype']!r}")
         if not isinstance(meta["floor_bits_per_byte"], float | None):
-            odd.append("floor_bits_per_byte")
+            raise ValueError("floor_bits_per_byte")
         for split in ("train", "val"):
             size, tokens = (path / f"{split}.bin").stat().st_size, meta[split]["tokens"]
             wanted = tokens * np.dtype(meta["dtype"]).itemsize
             if not (tokens > 0 < meta[split]["bytes"]):
-                odd.append(f"no tokens in {split}")
-            elif size != wanted:
-                odd.append(f"{tokens} tokens in {split}.bin are {wanted} bytes, the file has {size}")
-        if odd:
-            raise ValueError(odd[0])
+                raise ValueError(f"no tokens in {split}")
+            if size != wanted:
+                raise ValueError(f"{tokens} tokens in {split}.bin are {wanted} bytes, the file has {size}")
     except (OSError, ValueError, KeyError, TypeError) as e:
         reason = f"no {e}" if isinstance(e, KeyError) else e
         raise UserError(f"{path / 'meta.json'} does not describe what is here ({reason}): prepare it again") from None
@@ -380,8 +377,9 @@ def make_optimizers(model, cfg):
         groups.append({"params": matrices, "weight_decay": cfg.weight_decay})
     elif matrices:
         # match_rms_adamw (Liu et al. 2025) scales Muon's updates to the size of AdamW's: one learning rate serves both
-        how = {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay, "momentum": cfg.momentum}
-        muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **how)
+        muon = torch.optim.Muon(
+            matrices, cfg.learning_rate, cfg.weight_decay, cfg.momentum, adjust_lr_fn="match_rms_adamw"
+        )
         optimizers.append(muon)
     groups = [g for g in groups if g["params"]]
     if groups:
