@@ -29,7 +29,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from config import MAX, UserError, check_range, run
+from config import NO_LIMIT, UserError, check_range, run
 
 
 @dataclass
@@ -47,7 +47,7 @@ class PrepareConfig:
 
     def __post_init__(self):
         check_range(self, 0, 0.999, "val_fraction")
-        check_range(self, 0, MAX, "max_documents")
+        check_range(self, 0, NO_LIMIT, "max_documents")
         if not self.separator:
             raise ValueError("separator is empty: name what stands between documents")
 
@@ -363,156 +363,6 @@ def read_txt(path, separator):
                 return
 
 
-def is_held_out(text, fraction):
-    """Whether a document belongs to the validation split. Its text alone decides, so neither order nor duplicates
-    can move it across."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# instruction records
-
-# what a turn looks like, with and without an input
-TEMPLATES = {
-    "alpaca": {
-        "with_input": "Below is an instruction that describes a task, paired with an input that provides further "
-        "context. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n{response}",
-        "without": "Below is an instruction that describes a task. Write a response that appropriately completes the "
-        "request.\n\n### Instruction:\n{instruction}\n\n### Response:\n{response}",
-    },
-    "short": {
-        "with_input": "Input: {input}\nInstruction: {instruction}\nResponse: {response}",
-        "without": "Instruction: {instruction}\nResponse: {response}",
-    },
-    "gemma": {
-        "with_input": "<start_of_turn>user\n{instruction}\n\n{input}<end_of_turn>\n<start_of_turn>model\n{response}",
-        "without": "<start_of_turn>user\n{instruction}<end_of_turn>\n<start_of_turn>model\n{response}",
-    },
-}
-
-
-def split_template(template, kind):
-    """[(what stands before a field, "" or the space right before it, the field's name), ...]. Such a space is encoded
-    with the field's text: most tokenizers have words with the space before them."""
-    return re.findall(r"([^{]*?)( ?){(\w+)}", TEMPLATES[template][kind])
-
-
-def encode_conversation(tokenizer, turns, template):
-    """Token ids of a conversation, and for each whether it belongs to a response, its end included.
-
-    turns: [(instruction, input, response), ...]; a response of None is still to come. Training and sampling both go
-    through here, so their prompts can't differ."""
-    ids, is_response = [tokenizer.bos], [False]
-
-    def add(text, markers=False, response=False):
-        ids.extend(map(int, tokenizer.encode(text, markers)))
-        is_response.extend([response] * (len(ids) - len(is_response)))
-
-    end = end_of_response(tokenizer, template)
-    for i, (instruction, context, response) in enumerate(turns):
-        if i and end != tokenizer.eot:  # Gemma's turns stand on lines of their own
-            add("\n")
-        texts = {"instruction": instruction.strip(), "input": context.strip(), "response": response}
-        for before, space, field in split_template(template, "with_input" if context else "without"):
-            add(before, markers=True)
-            if texts[field]:
-                add(space + texts[field], response=field == "response")
-        if response is not None:
-            ids.append(end)
-            is_response.append(True)
-    return ids, is_response
-
-
-def template_of(path, tokenizer):
-    """The template that the model or adapter in a directory was instructed with; None for a plain model."""
-    ours, published = path / "instruct.json", path / "generation_config.json"
-    try:
-        template = json.loads(ours.read_text())["template"] if ours.exists() else None
-        stops = json.loads(published.read_text()).get("eos_token_id") if published.exists() else None
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{path}: {ours.name} or {published.name} is damaged: {type(e).__name__}: {e}") from None
-    if template in TEMPLATES:
-        return template
-    if template is not None:
-        raise UserError(f"{ours}: no such template as {template!r}, known are {', '.join(TEMPLATES)}")
-    end = end_of_response(tokenizer, "gemma")
-    # a published model that has learned to take turns stops at the end of one too
-    return "gemma" if isinstance(stops, list) and end in stops and end != tokenizer.eot else None
-
-
-def chat_template(tokenizer, template):
-    """encode_conversation's rendering in Jinja, for tokenizer_config.json: transformers, vLLM and llama.cpp then put
-    chat messages to a tuned model in the form it knows."""
-    (before, space, _), (after, lead, _) = split_template(template, "without")
-    takes_turns = end_of_response(tokenizer, template) != tokenizer.eot
-    parts = {
-        "BEFORE": before + space,
-        "AFTER": after,
-        "LEAD": lead,
-        "END": "<end_of_turn>" if takes_turns else tokenizer.eot_token,
-        "BETWEEN": "\n" if takes_turns else "",
-    }
-    jinja = (
-        "{{ bos_token }}{% for m in messages %}"
-        "{% if m.role == 'assistant' %}{{ LEAD + m.content + END }}{{ '' if loop.last else BETWEEN }}"
-        "{% elif loop.first or loop.previtem.role == 'assistant' %}{{ BEFORE + m.content | trim }}"
-        "{% else %}{{ '\\n\\n' + m.content | trim }}{% endif %}"  # a system message, then the user's
-        "{% if m.role != 'assistant' and (loop.last or loop.nextitem.role == 'assistant') %}{{ AFTER }}{% endif %}"
-        "{% endfor %}"
-    )
-    return re.sub("|".join(parts), lambda found: json.dumps(parts[found[0]], ensure_ascii=False), jinja)
-
-
-def end_of_response(tokenizer, template):
-    """The token that ends a response: Gemma's end of turn where template and tokenizer have it, else end-of-text."""
-    marker = tokenizer.encode("<end_of_turn>", markers=True)
-    is_special = len(marker) == 1 and int(marker[0]) in tokenizer.special_ids
-    return int(marker[0]) if template == "gemma" and is_special else tokenizer.eot
-
-
-def read_turns(record, source):
-    """The conversation in a record of any usual shape: [(instruction, input, response), ...]."""
-    messages = record.get("messages") or record.get("conversations")
-    if messages:
-        turns, asked = [], []  # asked: what has been said since the last response, a system message included
-        for message in messages:
-            text = message.get("content", message.get("value")) or ""
-            if message.get("role", message.get("from")) in ("assistant", "gpt", "model"):
-                turns.append(("\n\n".join(asked), "", text))
-                asked = []
-            else:
-                asked.append(text)
-        return turns
-    for asks, context, answers in (
-        ("instruction", "input", "output"),
-        ("instruction", "context", "response"),
-        ("prompt", "input", "completion"),
-    ):
-        if asks in record and answers in record:
-            fields = (record.get(name) for name in (asks, context, answers))
-            return [tuple("" if field is None else str(field) for field in fields)]
-    raise UserError(
-        f"{source}: a record has {', '.join(record)}; known are instruction/input/output, "
-        "instruction/context/response, prompt/completion and messages"
-    )
-
-
-HUB_RECORDS = {"alpaca": "tatsu-lab/alpaca", "dolly": "databricks/databricks-dolly-15k"}
-
-
-def read_records(source):
-    """The instruction records of alpaca, dolly, a Hub id, or a .json, .jsonl or .parquet file: an iterable of dicts."""
-    path = Path(source)
-    if not path.exists():
-        if path.suffix in (".json", ".jsonl", ".parquet"):
-            raise UserError(f"--data={source}: no such file")
-        splits = load_from_hub(HUB_RECORDS.get(source, source), "data")
-        return splits.get("train") or next(iter(splits.values()))
-    return read_rows(path)
-
-
 def read_rows(path):
     """The rows of a .json, .jsonl or .parquet file, one at a time."""
     import datasets  # a second's work
@@ -524,6 +374,13 @@ def read_rows(path):
     except (datasets.exceptions.DatasetGenerationError, ValueError, TypeError, KeyError, OSError, StopIteration) as e:
         reason = str(e).splitlines()[0][:200] if str(e) else "no record in it"
         raise UserError(f"{path}: not readable as {kind}: {reason}") from None
+
+
+def is_held_out(text, fraction):
+    """Whether a document belongs to the validation split. Its text alone decides, so neither order nor duplicates
+    can move it across."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
 
 
 # ----------------------------------------------------------------------------------------------------------------------

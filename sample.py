@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from config import MAX, UserError, check_range, run
-from lora import load_adapter, merge_lora
+from config import NO_LIMIT, UserError, check_range, run
+from lora import encode_conversation, end_of_response, load_adapter, merge_lora, template_of
 from model import SLIDING
-from prepare import GPT2_PATTERN, Tokenizer, encode_conversation, end_of_response, hub_directory, template_of
+from prepare import GPT2_PATTERN, Tokenizer, hub_directory
 from train import can_compile, open_model, pick_device, pick_dtype, whole_checkpoint
 
 
@@ -52,8 +52,8 @@ class SampleConfig:
     compile: bool = False  # torch.compile the step that makes a token: pays back after some thousand of them
 
     def __post_init__(self):
-        check_range(self, 1, MAX, "num_samples")
-        check_range(self, 0, MAX, "max_new_tokens", "temperature", "top_k", "seed")
+        check_range(self, 1, NO_LIMIT, "num_samples")
+        check_range(self, 0, NO_LIMIT, "max_new_tokens", "temperature", "top_k", "seed")
         check_range(self, 0, 1, "min_p")
         check_range(self, 1e-6, 1, "top_p")
         check_range(self, 1e-3, 1e3, "repetition_penalty")

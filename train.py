@@ -34,7 +34,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
 
-from config import MAX, Failure, UserError, check_range, run
+from config import NO_LIMIT, Failure, UserError, check_range, run
 from model import Gemma, GemmaConfig, tensor_shapes
 from prepare import DATA, Tokenizer, hub_directory, swap_in
 
@@ -52,8 +52,8 @@ class PretrainConfig:
     sample_prompt: str = ""  # what the sample at each evaluation continues; empty: a whole new document
 
     def __post_init__(self):
-        check_range(self, 1, MAX, "batch_size", "block_size")
-        check_range(self, 0, MAX, "eval_tokens")
+        check_range(self, 1, NO_LIMIT, "batch_size", "block_size")
+        check_range(self, 0, NO_LIMIT, "eval_tokens")
         check_range(self, 0, 0.99, "dropout")
 
 
@@ -91,8 +91,10 @@ class TrainConfig:
     seed: int = 1337  # of the initial weights, the order of the data, dropout and samples
 
     def __post_init__(self):
-        check_range(self, 1, MAX, "gradient_accumulation_steps", "eval_interval", "log_interval")
-        check_range(self, 0, MAX, "max_iters", "warmup_iters", "weight_decay", "grad_clip", "sample_tokens", "seed")
+        check_range(self, 1, NO_LIMIT, "gradient_accumulation_steps", "eval_interval", "log_interval")
+        check_range(
+            self, 0, NO_LIMIT, "max_iters", "warmup_iters", "weight_decay", "grad_clip", "sample_tokens", "seed"
+        )
         check_range(self, 1e-12, 1e3, "learning_rate")
         check_range(self, 0, 0.999999, "momentum", "beta1", "beta2")
         check_range(self, 0, 1, "cooldown_frac")

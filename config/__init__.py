@@ -9,6 +9,7 @@ names that begin with an underscore are its own business; every other name must 
 """
 
 import ast
+import contextlib
 import difflib
 import inspect
 import os
@@ -19,7 +20,7 @@ from dataclasses import MISSING, fields
 from types import ModuleType
 from typing import get_args, get_type_hints
 
-MAX = 2**62  # of any setting: what is larger, or infinite, was not meant
+NO_LIMIT = 2**62  # for check_range: what is larger, or infinite, was not meant
 
 
 class UserError(Exception):
@@ -28,6 +29,23 @@ class UserError(Exception):
 
 class Failure(Exception):
     """What goes wrong in a run that was set up well, as a full disk. One line too; scripts exit with 1."""
+
+
+def first_line(error):
+    """What an exception says, in one line; its name where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+@contextlib.contextmanager
+def user_errors(what, *kinds):
+    """What goes wrong inside (any Exception, or these kinds) as a UserError of one line: `what`, and the reason."""
+    try:
+        yield
+    except kinds or Exception as e:  # noqa: B030
+        if isinstance(e, UserError):
+            raise
+        reason = f"no key {e}" if isinstance(e, KeyError) else first_line(e)
+        raise UserError(f"{what}: {reason}") from None
 
 
 def run(main, *classes):
@@ -40,14 +58,16 @@ def run(main, *classes):
         if os.environ.get("RANK", "0") == "0":  # of several processes each finds it
             print(f"{sys.argv[0]}: {e}", file=sys.stderr)
         sys.exit(2)
+    except ModuleNotFoundError as e:  # wandb, say: installed by those who use it
+        print(f"{sys.argv[0]}: this needs a package that is not here: pip install {e.name}", file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stderr.close()
         sys.exit(1)
     except (Failure, FloatingPointError, OSError) as e:
-        if isinstance(e, OSError) and e.strerror:
-            e = f"{e.filename}: {e.strerror}" if e.filename else e.strerror
+        where = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else first_line(e)
         process = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-        print(f"{sys.argv[0]}{process}: {e}", file=sys.stderr)
+        print(f"{sys.argv[0]}{process}: {where}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"{sys.argv[0]}: interrupted", file=sys.stderr)
@@ -59,7 +79,7 @@ def check_range(settings, low, high, *keys):
     for key in keys:
         value = getattr(settings, key)
         if not low <= value <= high:
-            limits = f"at least {low}" if high == MAX else f"between {low} and {high}"
+            limits = f"at least {low}" if high == NO_LIMIT else f"between {low} and {high}"
             raise ValueError(f"{key}={value} must be {limits}")
 
 

@@ -15,14 +15,17 @@ from lora import (
     LoRALinear,
     Tuning,
     add_lora,
+    encode_conversation,
+    end_of_response,
     keep_base_in,
     load_adapter,
     lora_layers,
     merge_lora,
+    read_turns,
     save_adapter,
 )
 from model import Gemma, GemmaConfig
-from prepare import Tokenizer, encode_conversation, end_of_response, read_turns, train_bpe
+from prepare import Tokenizer, train_bpe
 from train import TrainConfig, make_optimizers, read_log
 
 SETTINGS = {"base_model": "base", "rank": 3, "alpha": 7.0, "dropout": 0.0, "rslora": False}
@@ -283,7 +286,7 @@ def test_shapes_of_records(record, turns):
 
 
 def test_templates():
-    from prepare import TEMPLATES
+    from lora import TEMPLATES
 
     def prompt(turns, template):
         ids, is_response = encode_conversation(TOKENIZER, turns, template)

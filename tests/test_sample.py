@@ -133,7 +133,7 @@ ASK = ("--adapter=out/tuned/best", "--instruct=Who is it?", "--input=A fox.", "-
 def greedy_answer(project, adapter):
     """What the model answers to ASK, by hand."""
     from lora import load_adapter
-    from prepare import encode_conversation
+    from lora import encode_conversation
 
     tokenizer = Tokenizer.load(project / "out/fables/best")
     model = Gemma.from_pretrained(project / "out/fables/best")
