@@ -480,6 +480,14 @@ def swap_in(new, old):
     shutil.rmtree(aside, ignore_errors=True)
 
 
+atomic_replace_dir = swap_in
+
+
+def intact_dir(path):
+    aside = path.with_name(path.name + ".replaced")
+    return path if path.exists() or not aside.exists() else aside
+
+
 def flush(path):
     """Wait until a file, or a directory's list of files, is on the disk."""
     with contextlib.suppress(PermissionError):  # Windows opens no directories

@@ -133,12 +133,14 @@ def read_file(path):
 
 def coerce(where, key, value, allowed):
     """value as one of the allowed types. Converted are only whole floats to int (1e3) and int to float."""
-    if type(value) in allowed:
-        return value
-    if type(value) is int and float in allowed:
-        return float(value)
+    if type(value) is int and int not in allowed and float in allowed:
+        value = float(value)
     if type(value) is float and int in allowed and value.is_integer():
-        return int(value)
+        value = int(value)
+    if type(value) in (int, float) and type(value) in allowed and not 0 <= value <= NO_LIMIT:  # as NaN never is
+        raise UserError(f"{where}: {key}={value} must be at least 0, and finite")
+    if type(value) in allowed and "\0" not in str(value):  # which no path can have
+        return value
     wants = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
     raise UserError(f"{where}: {key} wants {wants}, got {value!r}")
 

@@ -15,7 +15,7 @@ max_tokens_per_batch = 16384
 
 optimizer = "adamw"
 learning_rate = 2e-4
-decay = "cosine"
+schedule = "cosine"
 warmup_iters = 30
 
 eval_interval = 100

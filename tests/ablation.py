@@ -28,14 +28,14 @@ import train
 def random_starts():
     """Rows from anywhere in the corpus, as nanoGPT takes them, in place of rows that begin where a document does."""
 
-    class AnywhereRows(train.Rows):
+    class AnywhereRows(train.PackedDataset):
         def __init__(self, path, meta, split, block_size, tokenizer):
             super().__init__(path, meta, split, block_size, tokenizer)
             if split == "train":
                 size = len(self.tokens) - block_size - 1
                 self.starts = np.random.default_rng(0).integers(0, size, len(self.starts))
 
-    train.Rows = AnywhereRows
+    train.PackedDataset = AnywhereRows
 
 
 def init_changed(change):
@@ -77,17 +77,19 @@ def large_embedding(name, weight, config):
 def growing_batch():
     """Half the rows in the first half of the updates, one and a half times as many in the second."""
 
-    def updates(self, step):
-        size, half = self.cfg.batch_size, self.loop.max_iters // 2
+    def micro_batches(self, step):
+        size, half = self.data_cfg.batch_size, self.cfg.max_iters // 2
         n = size // 2 if step < half else size * 3 // 2
         first = step * n if step < half else half * (size // 2) + (step - half) * n
-        rows = [train.deal(len(self.rows), 1, self.loop.seed, i)[0] for i in range(first, first + n)]
-        return [self.rows.batch(rows)]
+        rows = [
+            train.epoch_shuffled_indices(len(self.train_rows), 1, self.cfg.seed, i)[0] for i in range(first, first + n)
+        ]
+        return [self.train_rows.batch(rows)]
 
-    train.Pretraining.updates = updates
+    train.Pretraining.micro_batches = micro_batches
 
 
-ADAMW, COSINE = "--optimizer=adamw", "--decay=cosine"
+ADAMW, COSINE = "--optimizer=adamw", "--schedule=cosine"
 VARIANTS = {  # name: (flags, a patch)
     "recipe": ([], None),
     "AdamW 1e-3": ([ADAMW, "--learning_rate=1e-3"], None),

@@ -101,7 +101,8 @@ def training(cfg, device, dtype):
     model.train()
 
     def step():
-        train.update(forward, micro_batches, optimizers, loop, device, dtype)
+        loss = train.backward(forward, micro_batches, device, dtype)
+        train.optimizer_step(optimizers, loss, loop.grad_clip)
 
     return step, cfg.batch_size * cfg.block_size, model
 

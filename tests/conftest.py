@@ -1,6 +1,9 @@
 """What several tests share."""
 
+import contextlib
 import http.server
+import importlib
+import io
 import json
 import os
 import re
@@ -9,8 +12,10 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 HOME = Path(__file__).parent.parent
 SHARED = HOME.parent / "shared"  # development data: tests that read it skip where it is absent
@@ -52,13 +57,49 @@ def project(tmp_path):
     return copy_project(tmp_path)
 
 
+# the settings that each script's main takes
+SETTINGS = {
+    "prepare.py": ["prepare.PrepareConfig"],
+    "train.py": ["train.PretrainConfig", "train.TrainConfig", "model.GemmaConfig"],
+    "lora.py": ["lora.LoraConfig", "lora.TuneConfig"],
+    "sample.py": ["sample.SampleConfig"],
+}
+
+
 def run_script(project, *args, ok=True, timeout=240, stdin=None):
-    """Run `python args...` in the project's folder as a user would -> the finished process."""
-    result = subprocess.run(
-        [sys.executable, *map(str, args)], cwd=project, capture_output=True, text=True, timeout=timeout, input=stdin
-    )
+    """Run `python args...` in the project's folder as a user would -> the finished process: a script's main in this
+    process, which saves importing PyTorch each time, anything else in a process of its own."""
+    args = list(map(str, args))
+    run = run_inside if args[0] in SETTINGS else run_outside
+    result = run(project, args, timeout, stdin)
     assert not ok or result.returncode == 0, result.stdout + result.stderr
     return result
+
+
+def run_outside(project, args, timeout=240, stdin=None):
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=timeout, input=stdin)
+
+
+def run_inside(project, args, _timeout=None, stdin=None):
+    """What a script's main guard does, in this process, with `project` as the current folder and its data/."""
+    import config
+
+    main = importlib.import_module(args[0].removesuffix(".py")).main
+    classes = [getattr(importlib.import_module(name.split(".")[0]), name.split(".")[1]) for name in SETTINGS[args[0]]]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(project)
+        for module in ("prepare", "train"):
+            patch.setattr(f"{module}.DATA", Path(project) / "data")
+        patch.setattr(sys, "argv", args)
+        patch.setattr(sys, "stdin", io.StringIO(stdin or ""))
+        try:
+            config.run(main, *classes)
+        except SystemExit as e:
+            code = e.code or 0
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def one_line(result, code):

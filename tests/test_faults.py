@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -52,7 +53,7 @@ def damaged(project, tmp_path):
 # crashes and preemption
 
 KILLER = """
-import os, random, shutil, signal, sys, time
+import contextlib, os, random, shutil, signal, sys, time
 from pathlib import Path
 import torch
 import train
@@ -76,16 +77,24 @@ def child(*more):
         os._exit(0)
     return pid
 
+def saving():
+    for path in [*out.glob("*.part"), *out.glob("*.replaced")]:
+        with contextlib.suppress(FileNotFoundError):
+            yield path.is_dir() and path.stat().st_ctime > started
+
 killed = inside = finished = 0
 while killed < kills or finished == 0:
-    last = train.whole_checkpoint(out / "last")
+    last = train.intact_dir(out / "last")
     started = time.time()
     pid = child(*(["--init_from=resume"] if last.exists() else []))
-    end = time.monotonic() + (random.uniform(0.1, 2.5) if killed < kills else 600)
+    in_save = killed % 2 and killed < kills  # every other kill waits for a save, to fall inside it
+    end = time.monotonic() + (random.uniform(0.1, 2.5) if killed < kills and not in_save else 600)
     done = 0
     while not done and time.monotonic() < end:
-        time.sleep(0.002)
+        time.sleep(0.001)
         done, status = os.waitpid(pid, os.WNOHANG)
+        if in_save and any(saving()):
+            break
     if done:
         assert status == 0, "a resumed run failed"
         assert losses(out) == losses(whole), "a resumed run is not the undisturbed one"
@@ -96,11 +105,11 @@ while killed < kills or finished == 0:
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     killed += 1
-    inside += any(p.stat().st_ctime > started for p in [*out.glob("*.part"), *out.glob("*.replaced")])
-    after = train.whole_checkpoint(out / "last")
+    inside += any(saving())
+    after = train.intact_dir(out / "last")
     if last.exists() or after.exists():
         model = train.open_model(after, "cpu")
-        train.read_state(after, {}, ())
+        train.read_state(after, {"settings": {}}, ())
         assert all(w.isfinite().all() for w in model.parameters())
 print(f"{killed} kills, {inside} of them inside a save, {finished} finished runs")
 """
@@ -112,7 +121,7 @@ def kill_often(project, whole, kills, timeout):
     flags = FLAGS[1:]
     out = run_script(project, "killer.py", kills, "out/killed", "out/calm", *flags, timeout=timeout).stdout
     print(out)
-    assert f"{kills} kills" in out
+    assert f"{kills} kills" in out and " 0 of them inside a save" not in out
 
 
 def test_killed_at_ten_random_instants(project, whole):
@@ -126,7 +135,7 @@ def test_killed_at_a_hundred_random_instants(project, whole):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_says_how_to_go_on(project, whole, number):
-    out = f"out/{number.name}"
+    out = f"out/{number.name} with a space"
     process = subprocess.Popen(
         [sys.executable, *FLAGS, f"--out_dir={out}"], cwd=project, stdout=subprocess.PIPE, text=True
     )
@@ -139,7 +148,8 @@ def test_a_signal_saves_and_says_how_to_go_on(project, whole, number):
     last_line = printed.splitlines()[-1]
     assert last_line.startswith("stopped after update") and "--init_from=resume" in last_line
     assert "--max_iters=20" in last_line  # the command as a whole
-    command = last_line.split("to go on: python ")[1].split()
+    python, *command = shlex.split(last_line.split("to go on: ")[1])
+    assert python == "python"
     run_script(project, *command)
     assert losses(project / out) == losses(whole)
 
@@ -148,7 +158,7 @@ def test_a_second_ctrl_c_quits_at_once(project):
     code = (
         "import train, os, signal, sys\nfrom config import run\nfrom model import GemmaConfig\n"
         "def slow(*_):\n    os.kill(os.getpid(), 2); os.kill(os.getpid(), 2)\n"
-        "train.Pretraining.updates = slow\n"
+        "train.Pretraining.micro_batches = slow\n"
         "run(train.main, train.PretrainConfig, train.TrainConfig, GemmaConfig)\n"
     )
     (project / "twice.py").write_text(code)
@@ -183,7 +193,7 @@ def limited(project, size, *args):
 
 def test_a_disk_too_full_for_the_first_checkpoint_ends_the_run(project):
     line = one_line(limited(project, 30_000, *FLAGS, "--out_dir=out/full"), 1)
-    assert "out/full/best: not saved" in line and "MB needed" in line and "MB free" in line
+    assert "out/full/last: not saved" in line and "MB needed" in line and "MB free" in line
     assert not list((project / "out" / "full").glob("*.part"))
 
 
@@ -216,6 +226,25 @@ def test_an_out_dir_that_can_not_be_made(project):
     assert "a_file" in one_line(result, 1)
 
 
+MIRROR = """
+from pathlib import Path
+class Run:
+    def __init__(self): self.lines = []
+    def log(self, numbers, step): self.lines.append(step)
+    def finish(self): Path("mirror.txt").write_text(f"{len(self.lines)} lines")
+def init(**settings): return Run()
+"""
+
+
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_mirrors_of_the_log_are_closed(damaged, torchrun):
+    """Under torchrun the process ends by os._exit: wandb never finished, and TensorBoard lost its tail."""
+    (damaged / "wandb.py").write_text(MIRROR)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if torchrun else []
+    run_script(damaged, *launcher, "./train.py", *FLAGS[1:], "--out_dir=out/mirror", "--max_iters=6", "--wandb=True")
+    assert (damaged / "mirror.txt").read_text() == "9 lines"  # six updates, three evaluations
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # numbers
 
@@ -224,14 +253,14 @@ def poisoned(project, steps, out):
     """A run whose loss is NaN at these updates, counted from 1."""
     code = (
         "import math, sys, train\nfrom config import run\nfrom model import GemmaConfig\n"
-        f"bad, calls = {steps!r}, [0]\nplain = train.parallel\n"
-        "def parallel(model, loop):\n"
-        "    forward = plain(model, loop)\n"
+        f"bad, calls = {steps!r}, [0]\nplain = train.compile_and_wrap_ddp\n"
+        "def wrap(model, cfg):\n"
+        "    forward = plain(model, cfg)\n"
         "    def poisoned(x, y, reduction):\n"
         "        calls[0] += 1\n"
         "        return forward(x, y, reduction=reduction) * (math.nan if (calls[0] + 1) // 2 in bad else 1)\n"
         "    return poisoned\n"
-        "train.parallel = parallel\n"
+        "train.compile_and_wrap_ddp = wrap\n"
         "run(train.main, train.PretrainConfig, train.TrainConfig, GemmaConfig)\n"
     )
     (project / "poisoned.py").write_text(code)
@@ -343,6 +372,18 @@ def test_a_dataset_with_another_tokenizer_is_refused(project, whole):
     assert "is not that of the dataset" in fails(project, *command)
 
 
+def test_another_dataset_under_the_same_name_is_refused(damaged):
+    """Prepared anew from other text, with the same tokenizer: "exact resume" once went on with other rows."""
+    run_script(damaged, *FLAGS, "--out_dir=out/run", "--max_iters=5")
+    data = damaged / "data" / "fables"
+    meta = json.loads((data / "meta.json").read_text())
+    edit_json(data / "meta.json", fingerprint="another")
+    command = [*FLAGS, "--out_dir=out/run", "--init_from=resume", "--max_iters=6"]
+    assert "another dataset" in fails(damaged, *command)
+    edit_json(data / "meta.json", fingerprint=meta["fingerprint"])
+    run_script(damaged, *command)
+
+
 def test_out_of_memory_names_what_to_lower(project):
     def limit():
         resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
@@ -367,9 +408,9 @@ def test_loading_a_checkpoint_runs_no_code_of_its_maker(project, whole):
     run, command = resume(project, whole)
     with open(run / "last" / "train_state.pt", "wb") as f:
         pickle.dump(Bomb(), f)
-    assert "is not what a run leaves" in fails(project, *command)
+    assert "is not what this version's runs leave" in fails(project, *command)
     torch.save({"step": Bomb()}, run / "last" / "train_state.pt")
-    assert "is not what a run leaves" in fails(project, *command)
+    assert "is not what this version's runs leave" in fails(project, *command)
     assert not (project / "exploded").exists()
 
 
