@@ -13,9 +13,10 @@ transformers (modeling_gemma3.py).
 Letters in shapes: B batch, T time, C hidden_size, H attention heads, K key/value heads, D head_dim, V vocabulary.
 """
 
+import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,30 +26,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.utils.rnn import pad_sequence
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-
-# what holds for every Gemma 3: written into config.json, and checked when one is read
-FIXED = {
-    "hidden_activation": "gelu_pytorch_tanh",
-    "attention_bias": False,
-    "final_logit_softcapping": None,
-    "attn_logit_softcapping": None,
-    "tie_word_embeddings": True,
-    "use_bidirectional_attention": False,
-}
-# what transformers takes for a setting that a config.json leaves out, as those of the published 4B to 27B do
-LEFT_OUT = {
-    "vocab_size": 262208,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "query_pre_attn_scalar": 256,
-    "max_position_embeddings": 131072,
-    "sliding_window": 4096,
-}
+ACTIVATIONS = {"gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}  # by transformers' names: x -> same shape
 
 
 @dataclass
@@ -58,6 +39,7 @@ class GemmaConfig:
     vocab_size: int = 262144  # rows of the embedding; when training from scratch, the tokenizer's size rounded up
     hidden_size: int = 640  # width of the residual stream
     intermediate_size: int = 2048  # width of the gated MLP
+    hidden_activation: str = "gelu_pytorch_tanh"  # of the MLP's gate: a name in model.py's ACTIVATIONS
     num_hidden_layers: int = 18  # blocks
     num_attention_heads: int = 4  # query heads
     num_key_value_heads: int = 1  # key/value heads, each shared by a group of query heads
@@ -65,7 +47,7 @@ class GemmaConfig:
     query_pre_attn_scalar: int | None = None  # attention scale is this to the -1/2; None: head_dim
     max_position_embeddings: int = 32768  # longest sequence
     sliding_window: int = 512  # a query of a sliding layer sees itself and the window - 1 tokens before it
-    sliding_window_pattern: int = 6  # every 6th layer attends to everything, the others slide
+    sliding_window_pattern: int = 6  # every n-th layer attends to everything, the others slide
     layer_types: list | None = None  # the kind of each layer, spelled out; None: from sliding_window_pattern
     rope_theta: float = 1_000_000.0  # RoPE base of full layers
     rope_local_base_freq: float = 10_000.0  # RoPE base of sliding layers
@@ -76,71 +58,10 @@ class GemmaConfig:
     pad_token_id: int | None = 0  # fills up a batch
 
     def __post_init__(self):
-        if self.query_pre_attn_scalar is None:
-            self.query_pre_attn_scalar = self.head_dim
-        for f in fields(self):  # a config.json may come from anyone, and may be damaged
-            value = getattr(self, f.name)
-            if f.type in (int, float) and (type(value) not in (int, float) or not 0 < value < 2**31):
-                raise ValueError(f"{f.name}={value!r} must be a number above 0")
-            if f.type is int and type(value) is not int:
-                raise ValueError(f"{f.name}={value!r} must be a whole number")
-        if self.num_hidden_layers > 1000:
-            raise ValueError(f"num_hidden_layers={self.num_hidden_layers} is more than any Gemma 3 has")
-        if self.layer_types is None:
-            every = self.sliding_window_pattern
-            self.layer_types = [FULL if (i + 1) % every == 0 else SLIDING for i in range(self.num_hidden_layers)]
-        if len(self.layer_types) != self.num_hidden_layers or not set(self.layer_types) <= {SLIDING, FULL}:
-            raise ValueError(f"layer_types: need {self.num_hidden_layers} of {SLIDING!r} or {FULL!r}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} is no multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} is odd, but RoPE rotates pairs: make it even")
-        if self.sliding_window > self.max_position_embeddings:
-            raise ValueError(
-                f"sliding_window={self.sliding_window} is larger than "
-                f"max_position_embeddings={self.max_position_embeddings}: lower it"
-            )
-
-    @classmethod
-    def from_dict(cls, d):
-        """Read the dict of a config.json, old style (rope_theta, rope_scaling) or new (rope_parameters), of a text
-        model, or of a multimodal one's text part. Raises ValueError for what is no Gemma 3."""
-        if d.get("model_type") not in ("gemma3_text", "gemma3"):
-            raise ValueError(f"model_type {d.get('model_type')!r} is not Gemma 3's ('gemma3_text' or 'gemma3')")
-        d = LEFT_OUT | d | d.get("text_config", {})
-        for key, value in FIXED.items():
-            if d.get(key) not in (None, value):
-                raise ValueError(f"{key}={d[key]!r} is not supported: Gemma 3 has {value!r}")
-        rope = d.get("rope_parameters") or {}
-        full, sliding = rope.get(FULL) or {}, rope.get(SLIDING) or {}
-        full = (d.get("rope_scaling") or {}) | full
-        rope_type = full.get("rope_type", full.get("type", "default"))
-        if rope_type not in ("default", "linear"):
-            raise ValueError(f"rope_type {rope_type!r}: Gemma 3 has 'default' and 'linear' only")
-        known = {f.name: d[f.name] for f in fields(cls) if f.name in d}
-        known["sliding_window_pattern"] = d.get("sliding_window_pattern", d.get("_sliding_window_pattern", 6))
-        known["rope_theta"] = full.get("rope_theta", d.get("rope_theta", cls.rope_theta))
-        known["rope_local_base_freq"] = sliding.get(
-            "rope_theta", d.get("rope_local_base_freq", cls.rope_local_base_freq)
-        )
-        known["rope_linear_factor"] = full.get("factor", 1.0) if rope_type == "linear" else 1.0
-        return cls(**known)
-
-    def to_dict(self):
-        """The dict that goes into config.json. RoPE stands there in both spellings: readers know one or the other."""
-        d = asdict(self)
-        factor = d.pop("rope_linear_factor")
-        scaling = {"rope_type": "default"} if factor == 1 else {"rope_type": "linear", "factor": factor}
-        d["rope_parameters"] = {
-            FULL: {"rope_theta": self.rope_theta, **scaling},
-            SLIDING: {"rope_theta": self.rope_local_base_freq, "rope_type": "default"},
-        }
-        d["rope_scaling"] = None if factor == 1 else scaling
-        about = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
-        return d | FIXED | about | {"attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True}
+        check_config(self)
+        self.query_pre_attn_scalar = self.query_pre_attn_scalar or self.head_dim
+        layers, n = range(self.num_hidden_layers), self.sliding_window_pattern
+        self.layer_types = self.layer_types or [SLIDING if (i + 1) % n else FULL for i in layers]
 
 
 class RMSNorm(nn.Module):
@@ -167,51 +88,9 @@ def apply_rope(x, rope):
     """Rotate x (B, heads, T, D) by its positions. Pairs are (d, d + D/2), the layout of the published weights."""
     cos, sin = rope
     a, b = x.float().chunk(2, dim=-1)  # (B, heads, T, D/2) each
-    return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), dim=-1).type_as(x)
-
-
-class KVCache:
-    """Keys and values of every layer. A sliding layer holds its window and no more: a ring, where position p lies in
-    slot p % window. Order in the ring does not matter, as RoPE has already written the position into each key.
-    Shapes stay the same from step to step, and the length is a tensor: a compiled step serves them all."""
-
-    def __init__(self, config, batch_size, max_tokens, device, dtype):
-        self.length = torch.zeros(1, dtype=torch.int64, device=device)  # tokens whose keys are in the cache
-        self.slots = {SLIDING: min(max_tokens, config.sliding_window), FULL: max_tokens}
-        self.layers = []
-        for kind in config.layer_types:
-            shape = (2, batch_size, config.num_key_value_heads, self.slots[kind], config.head_dim)
-            self.layers.append(torch.zeros(shape, device=device, dtype=dtype))
-            if self.length.is_cuda:  # a CUDA graph may then write into it
-                torch._dynamo.mark_static_address(self.layers[-1])
-
-    def written(self):
-        """Which slots (1, slots) of each kind of layer a new token sees: those in use, its own included."""
-        return {kind: torch.arange(n, device=self.length.device) <= self.length for kind, n in self.slots.items()}
-
-    def update(self, layer, k, v):
-        """Store k, v (B, K, T, D); return what this step attends to: a prompt, T > 1, itself, a new token all slots."""
-        ring = self.layers[layer]
-        kv = torch.stack((k, v))  # (2, B, K, T, D)
-        slots, T = ring.shape[3], k.shape[2]
-        if T > 1:  # the prompt attends to itself, the ring keeps its end
-            kept = torch.arange(max(0, T - slots), T, device=k.device)
-            ring[:, :, :, kept % slots] = kv[:, :, :, kept]
-            return k, v
-        ring.index_copy_(3, self.length % slots, kv)
-        return ring.unbind()
-
-
-def window_by_kernel(device):
-    """Whether FlexAttention makes one kernel of a sliding window: when compiled, on GPUs with the shared memory that
-    its backward needs at Gemma's head_dim of 256: H100, H200 and B200 have 227 KB a block, A100 163, others less."""
-    if device.type != "cuda" or not torch.compiler.is_compiling():
-        return False
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 2e5
-
-
-IN_BLOCKS = ("cpu",)  # devices on which attend_in_blocks is faster than PyTorch's kernel without a window, too
-QUERIES = 128  # in a block
+    rotated_a = torch.addcmul(a * cos, b, sin, value=-1)  # a cos - b sin
+    rotated_b = torch.addcmul(b * cos, a, sin)  # b cos + a sin
+    return torch.cat((rotated_a, rotated_b), dim=-1).type_as(x)
 
 
 class Attention(nn.Module):
@@ -242,52 +121,18 @@ class Attention(nn.Module):
             k, v = cache.update(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
         if cache is not None and T == 1:
-            y = attend_to_cache(q, k, v, mask, self.scale)
+            y = cached_attention(q, k, v, mask, self.scale)
         elif mask is not None:
             y = flex_attention(q, k, v, block_mask=mask, scale=self.scale, enable_gqa=True)
-        elif T > self.window or x.device.type in IN_BLOCKS:
-            y = attend_in_blocks(q, k, v, self.window, self.scale, dropout)
+        elif T > self.window or x.device.type in BLOCKED_ATTENTION_DEVICES:
+            y = blocked_attention(q, k, v, self.window, self.scale, dropout)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, None, dropout, True, scale=self.scale, enable_gqa=True)
+            y = causal_attention(q, k, v, self.scale, dropout)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H*D) -> (B, T, C)
 
 
-def attend_in_blocks(q, k, v, window, scale, dropout):
-    """Causal attention of q (B, H, T, D) to k, v (B, K, T, D), each query to the `window` last keys up to its own.
-
-    Some queries at a time multiply the keys that any of them can see, so what lies beyond a window costs nothing. On
-    CPUs faster than PyTorch's flash kernel (python tests/benchmark.py --job=attention), above all backward."""
-    (B, H, T, D), K = q.shape, k.shape[1]
-    positions, blocks = torch.arange(T, device=q.device), []
-    for start in range(0, T, QUERIES):
-        end, first = min(start + QUERIES, T), max(0, start + 1 - window)
-        q_i = q[:, :, start:end].reshape(B, K, -1, D)  # heads that share keys make one product
-        scores = (q_i @ k[:, :, first:end].transpose(2, 3)).view(B, H, end - start, end - first).float() * scale
-        distance = positions[start:end, None] - positions[first:end]
-        scores = scores.masked_fill((distance < 0) | (distance >= window), -math.inf)
-        weights = F.dropout(scores.softmax(-1), dropout).type_as(v)
-        blocks.append((weights.view(B, K, -1, end - first) @ v[:, :, first:end]).view(B, H, end - start, D))
-    return torch.cat(blocks, dim=2)
-
-
-def sliding_window_mask(T, window, device):
-    """FlexAttention's BlockMask of the last `window` keys up to each query: blocks that no query sees are skipped."""
-
-    def seen(_batch, _head, query, key):
-        return (key <= query) & (query - key < window)
-
-    return create_block_mask(seen, None, None, T, T, device=device)
-
-
-def attend_to_cache(q, k, v, written, scale):
-    """Attention of one token's q (B, H, 1, D) to the slots of a cache, k and v (B, K, slots, D), that are written."""
-    grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[3])  # (B, K, H/K, D): heads that share keys make one product
-    scores = (grouped @ k.transpose(2, 3)).float() * scale
-    return (scores.masked_fill(~written, -math.inf).softmax(-1).type_as(v) @ v).view(q.shape)
-
-
 class MLP(nn.Module):
-    """down(gelu(gate(x)) * up(x)), with the tanh form of GELU."""
+    """down(activation(gate(x)) * up(x))."""
 
     def __init__(self, config):
         super().__init__()
@@ -295,9 +140,10 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(C, I, bias=False)
         self.up_proj = nn.Linear(C, I, bias=False)
         self.down_proj = nn.Linear(I, C, bias=False)
+        self.activation = ACTIVATIONS[config.hidden_activation]
 
     def forward(self, x):
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -321,10 +167,484 @@ class Block(nn.Module):
         return x + self.dropout(self.post_feedforward_layernorm(y))
 
 
-CHUNK = 2**24  # logits that HeadLoss holds at once, 64 MB of them; on GPUs 8 times as many
+class NumParams(NamedTuple):
+    total: int
+    embedding: int  # tied with the head, so counted once
+    non_embedding: int
 
 
-class HeadLoss(torch.autograd.Function):
+class Gemma(nn.Module):
+    """The model. `dropout` acts on attention weights, both residual branches and the embedding (Gemma itself: 0)."""
+
+    def __init__(self, config, dropout=0.0):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "layers": nn.ModuleList(Block(config, i, dropout) for i in range(config.num_hidden_layers)),
+                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+            }
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.compiled_decode_step = None
+
+    def forward(self, tokens, targets=None, reduction="mean", cache=None):
+        """tokens (B, T) int64 -> logits (B, T, V).
+
+        With targets (B, T): the cross-entropy in nats, "mean" or "sum" over the targets that are not -100.
+        With a KVCache: tokens are a prompt for an empty one, or the one token (B, 1) that follows what it holds; only
+        the last position's logits come back, (B, 1, V)."""
+        config, embedding = self.config, self.model.embed_tokens.weight
+        T, limit = tokens.shape[1], config.max_position_embeddings
+        if T > limit:
+            raise ValueError(f"{T} tokens are more than the model's max_position_embeddings={limit}")
+        positions = torch.arange(T, device=tokens.device)
+        if cache is not None:
+            positions = positions + cache.length
+        rope = {
+            SLIDING: rope_table(positions, config.head_dim, config.rope_local_base_freq, 1.0),
+            FULL: rope_table(positions, config.head_dim, config.rope_theta, config.rope_linear_factor),
+        }
+        mask = {SLIDING: None, FULL: None}  # None: causal, within the layer's window
+        if cache is not None and T == 1:
+            mask = cache.valid_slots()
+        elif T > config.sliding_window and not self.dropout.p and use_flex_attention(tokens.device):
+            mask[SLIDING] = sliding_window_mask(T, config.sliding_window, tokens.device)
+
+        # the scale is rounded to the weights' dtype, as in the published models (25.25 for 270M in bfloat16)
+        x = F.embedding(tokens, embedding) * torch.tensor(config.hidden_size**0.5, dtype=embedding.dtype)
+        x = self.dropout(x)  # (B, T, C)
+        for block in self.model.layers:
+            x = block(x, rope, mask, cache)
+        if cache is not None:
+            cache.length += T
+            x = x[:, -1:]
+        x = self.model.norm(x)
+        if targets is None:
+            return F.linear(x, embedding)  # (B, T, V)
+        loss = LinearCrossEntropy.apply(x.flatten(0, 1), embedding, targets.flatten(), torch.is_grad_enabled())
+        return loss / (targets != -100).sum() if reduction == "mean" else loss
+
+    @torch.no_grad()
+    def init_weights(self, seed, device=None):
+        """Draw every matrix from N(0, 0.02) on `device`, by default the model's. The embedding too: its rows are also
+        the head's, and with std 0.02 the first loss is about ln(V). The norms behind attention and MLP start with the
+        gain that makes what a block adds as large as an embedded token, whatever the weights before them are: at a gain
+        of 1 it would be larger (twice at 270M), and learns more slowly (README). Other norms start as the identity."""
+        device = device or self.device
+        generator = torch.Generator(device).manual_seed(seed)
+        embedded = 0.02 * self.config.hidden_size**0.5  # rms of an embedded token
+        for name, p in self.named_parameters():
+            if p.ndim > 1:
+                p.copy_(torch.empty(p.shape, device=device).normal_(0, 0.02, generator=generator))
+            elif name.endswith("norm.weight"):
+                p.fill_(embedded - 1 if "post_" in name else 0.0)
+            else:
+                raise NotImplementedError(f"init_weights knows no start for {name} {list(p.shape)}: add one")
+        return self
+
+    @property
+    def device(self):
+        return self.model.embed_tokens.weight.device
+
+    def num_params(self):
+        embedding = self.model.embed_tokens.weight.numel()
+        total = sum(p.numel() for p in self.parameters())
+        return NumParams(total, embedding, total - embedding)
+
+    def flops_per_token(self, T):
+        """Training FLOPs (forward and backward) per token at sequence length T: 6 per weight in a matrix product, and
+        12 * H * D per token attended to, counting the full length or window as PaLM (appendix B) and nanoGPT do."""
+        c = self.config
+        matrices = sum(p.numel() for p in self.parameters() if p.ndim > 1)  # the embedding counts as the head
+        attended = sum(min(T, c.sliding_window) if kind == SLIDING else T for kind in c.layer_types)
+        return 6 * matrices + 12 * c.num_attention_heads * c.head_dim * attended
+
+    @torch.no_grad()
+    def generate(
+        self, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
+        stop_ids=(), seed=None, lengths=None,
+    ):  # fmt: skip
+        """Continue prompt (B, T), T >= 1: yields a (B,) tensor of token ids per step, as it is made.
+
+        A row ends after max_new_tokens, with one of stop_ids, or at the model's last position, and yields -1 from then
+        on. Temperature 0 is greedy. Raises ValueError where the prompt leaves no position free, FloatingPointError
+        where logits are NaN.
+
+        lengths (B,): of prompts padded on the right. Steps begin behind the shortest one, and a row whose prompt is
+        longer yields -1 until that has been read. max_new_tokens may be a (B,) tensor too."""
+        (B, T), device, limit = prompt.shape, self.device, self.config.max_position_embeddings
+        if T >= limit:
+            raise ValueError(f"the prompt's {T} tokens leave no room in the model's {limit} positions: shorten it")
+        lengths = torch.full((B,), T, device=device) if lengths is None else lengths
+        ends = (lengths + max_new_tokens).clamp(max=limit)
+        shortest, longest = int(lengths.min()), int(ends.max())
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        cache = KVCache(self.config, longest, device, cuda_graphs=self.compiled_decode_step is not None)
+        seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=device)
+        stops = torch.tensor(stop_ids, dtype=torch.int64, device=device)
+        done = ends <= shortest
+        tokens, forward = prompt[:, :shortest], self
+        for position in range(shortest, longest):
+            logits = forward(tokens, cache=cache)[:, -1].float()  # (B, V)
+            if logits.isnan().any():
+                raise FloatingPointError("the model's logits are NaN: its weights are damaged or too large")
+            if repetition_penalty != 1:
+                seen.scatter_(1, tokens, True)
+                penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+                logits = torch.where(seen, penalized, logits)
+            token = sample_token(logits, temperature, top_k, top_p, min_p, generator)
+            reading = position < lengths  # its own prompt
+            if position < T:
+                token = torch.where(reading, prompt[:, position], token)
+            yield token.masked_fill(reading | done, -1)
+            done |= (~reading & torch.isin(token, stops)) | (position + 1 >= ends)
+            if done.all():
+                return
+            tokens, forward = token[:, None], self.compiled_decode_step or self
+
+    def generate_batch(self, prompts, max_new_tokens, stop_ids=(), **sampling):
+        """Continue prompts, lists of token ids of any lengths. Yields at the start, and again after each step, a list
+        with the ids made so far for each prompt, without stop_ids. max_new_tokens: one number, or a list of one for
+        each prompt. sampling: as in generate(), which says what is raised."""
+        made = [[] for _ in prompts]
+        yield made
+        padded = pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True).to(self.device)
+        lengths = torch.tensor([len(ids) for ids in prompts], device=self.device)
+        limits = torch.as_tensor(max_new_tokens, device=self.device)
+        for tokens in self.generate(padded, limits, lengths=lengths, stop_ids=stop_ids, **sampling):
+            for ids, token in zip(made, tokens.tolist(), strict=True):
+                if token >= 0 and token not in stop_ids:
+                    ids.append(token)
+            yield made
+
+    def compile_step(self):
+        """Compile the step that makes one token, for every later generate(). The weights are frozen into it, on CPUs
+        in the order in which their products read them fastest: they must not change afterwards."""
+        if self.device.type == "cpu":
+            torch._inductor.config.freezing = True  # an option of torch.compile would come too late
+        on_gpu = self.device.type == "cuda"
+        self.compiled_decode_step = torch.compile(self.forward, options={"triton.cudagraphs": on_gpu})
+
+    @classmethod
+    def from_pretrained(cls, path, device="cpu", dtype=torch.float32, dropout=0.0):
+        """Open a model directory in the Hugging Face format: ours, or a published Gemma 3, in one file or in shards.
+        Of a multimodal model it takes the text part. Raises ValueError for a missing, unexpected or misshapen tensor,
+        OSError for a missing file."""
+        path = Path(path)
+        with torch.device("meta"):  # no memory, no random numbers: the files bring both
+            model = cls(read_config(path), dropout)
+        wanted = {name: tuple(w.shape) for name, w in model.state_dict().items()}
+        found, shapes = {}, {}  # by our names: the file and the name there, and the shape
+        for file in weight_files(path):
+            for name, shape in tensor_shapes(file).items():
+                if "vision_tower." not in name and "multi_modal_projector." not in name:
+                    ours = name.replace("language_model.", "", 1)  # the text part's prefix in multimodal checkpoints
+                    found[ours], shapes[ours] = (file, name), shape
+        for name in wanted | shapes:  # before any is read, of whatever size
+            there, asked = (d.get(name, "no such tensor") for d in (shapes, wanted))
+            require(there == asked, f"{name}: the files have {there}, the config asks for {asked}")
+        weights = {ours: read_tensor(file, name, device).to(dtype) for ours, (file, name) in found.items()}
+        model.load_state_dict(weights, assign=True)
+        return model.requires_grad_(True)
+
+    def save_pretrained(self, path, weights=None):
+        """Write config.json, generation_config.json and model.safetensors into the directory `path`. weights: a state
+        dict to write in place of the model's own."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        c = self.config
+        ids = {"bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id, "pad_token_id": c.pad_token_id}
+        dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
+        (path / "config.json").write_text(json.dumps(config_to_dict(c) | {"dtype": dtype}, indent=2) + "\n")
+        (path / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+        weights = {name: w.detach().contiguous() for name, w in (weights or self.state_dict()).items()}
+        save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# generation
+
+
+class KVCache:
+    """Keys and values of every layer. A sliding layer holds its window and no more: a ring, where position p lies in
+    slot p % window. Order in the ring does not matter, as RoPE has already written the position into each key.
+    Shapes stay the same from step to step, and the length is a tensor: a compiled step serves them all."""
+
+    def __init__(self, config, max_tokens, device, cuda_graphs=False):
+        self.length = torch.zeros(1, dtype=torch.int64, device=device)  # tokens whose keys are in the cache
+        self.slots = {SLIDING: min(max_tokens, config.sliding_window), FULL: max_tokens}
+        self.kinds = config.layer_types
+        self.rings = [None] * len(self.kinds)  # (2, B, K, slots, D) each, made for the first keys, in their dtype
+        self.cuda_graphs = cuda_graphs
+        if cuda_graphs:  # a graph may write into tensors whose address stays the same, and is skipped for others
+            torch._dynamo.mark_static_address(self.length)
+
+    def valid_slots(self):
+        """Which slots (1, slots) of each kind of layer a new token sees: those in use, its own included."""
+        return {kind: torch.arange(n, device=self.length.device) <= self.length for kind, n in self.slots.items()}
+
+    def update(self, layer, k, v):
+        """Store k, v (B, K, T, D); return what this step attends to: a prompt, T > 1, itself, a new token all slots."""
+        kv = torch.stack((k, v))  # (2, B, K, T, D)
+        slots, T = self.slots[self.kinds[layer]], k.shape[2]
+        if self.rings[layer] is None:
+            self.rings[layer] = kv.new_zeros(*kv.shape[:3], slots, kv.shape[4])
+            if self.cuda_graphs:
+                torch._dynamo.mark_static_address(self.rings[layer])
+        ring = self.rings[layer]
+        if T > 1:  # the prompt attends to itself, the ring keeps its end
+            kept = torch.arange(max(0, T - slots), T, device=k.device)
+            ring[:, :, :, kept % slots] = kv[:, :, :, kept]
+            return k, v
+        ring.index_copy_(3, self.length % slots, kv)
+        return ring.unbind()
+
+
+def sample_token(logits, temperature, top_k=None, top_p=None, min_p=None, generator=None):
+    """Draw from logits (B, V) -> (B,) token ids: from the top_k likeliest, filtered; temperature 0: the likeliest."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits, tokens = logits / temperature, None
+    if top_k:  # draw among these alone: much faster than among a whole vocabulary of which the most have no chance
+        logits, tokens = logits.topk(min(top_k, logits.shape[-1]))
+    drawn = torch.multinomial(filter_logits(logits, top_p, min_p).softmax(-1), 1, generator=generator)
+    return (drawn if tokens is None else tokens.gather(1, drawn))[:, 0]
+
+
+def filter_logits(logits, top_p=None, min_p=None):
+    """Set to -inf what sampling shall not draw from logits (B, V): keep the smallest set of mass top_p, then of those
+    the ones at least min_p times as likely as the likeliest. The order is transformers'."""
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        probs = ordered.softmax(-1)
+        beyond = probs.cumsum(-1) - probs >= top_p  # the mass before it suffices already
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -math.inf)
+    if min_p:
+        probs = logits.softmax(-1)
+        logits = logits.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), -math.inf)
+    return logits
+
+
+def complete(model, tokenizer, prompts, max_new_tokens, **sampling):
+    """What generate_batch() makes of prompts (lists of token ids), as texts. tokenizer: anything with decode(ids)."""
+    *_, made = model.generate_batch(prompts, max_new_tokens, **sampling)
+    return [tokenizer.decode(ids) for ids in made]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# configuration and weights on disk. They may come from anyone and be damaged: what is odd raises ValueError
+
+# what holds for every Gemma 3: written into config.json, and checked when one is read
+GEMMA3_CONSTANTS = {
+    "attention_bias": False,
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+    "tie_word_embeddings": True,
+    "use_bidirectional_attention": False,
+}
+# what transformers takes for a setting that a config.json leaves out, as those of the published 4B to 27B do
+HF_DEFAULTS = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+
+
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
+def check_config(c):
+    """Raises ValueError for a setting of the wrong type or size, and for settings that do not go together."""
+    for f in fields(c):
+        value, is_id = getattr(c, f.name), f.name.endswith("_token_id")
+        fits = isinstance(value, (int, float) if f.type is float else f.type) and not isinstance(value, bool)
+        require(fits, f"{f.name}={value!r} must be of type {getattr(f.type, '__name__', f.type)}")
+        for number in value if is_id and isinstance(value, list) else [value]:
+            if is_id and number is not None:
+                require(type(number) is int and 0 <= number < 2**31, f"{f.name}={value!r} is no token id")
+            elif isinstance(number, int | float):
+                require(0 < number < 2**31, f"{f.name}={value!r} must be a number above 0")
+    require(c.num_hidden_layers <= 1000, f"num_hidden_layers={c.num_hidden_layers} is more than any Gemma 3 has")
+    kinds = [SLIDING] * c.num_hidden_layers if c.layer_types is None else c.layer_types
+    good = len(kinds) == c.num_hidden_layers and all(kind in (SLIDING, FULL) for kind in kinds)
+    require(good, f"layer_types: need {c.num_hidden_layers} of {SLIDING!r} or {FULL!r}")
+    known = ", ".join(ACTIVATIONS)
+    require(c.hidden_activation in ACTIVATIONS, f"hidden_activation={c.hidden_activation!r} must be one of {known}")
+    heads, shared = c.num_attention_heads, c.num_key_value_heads
+    require(heads % shared == 0, f"num_attention_heads={heads} is no multiple of num_key_value_heads={shared}")
+    require(c.head_dim % 2 == 0, f"head_dim={c.head_dim} is odd, but RoPE rotates pairs: make it even")
+    window, limit = c.sliding_window, c.max_position_embeddings
+    require(window <= limit, f"sliding_window={window} is larger than max_position_embeddings={limit}: lower it")
+
+
+def read_json(path):
+    """The dict in a JSON file. Raises ValueError, which names the file, where it holds anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path.name} is not JSON: {e}") from None
+    require(isinstance(content, dict), f"{path.name} holds no JSON object but a {type(content).__name__}")
+    return content
+
+
+def dict_at(d, key):
+    """d[key], which must be a dict; {} where it is None or missing."""
+    value = d.get(key)
+    require(isinstance(value, dict | None), f"{key}={value!r} is not a JSON object")
+    return value or {}
+
+
+def read_config(path):
+    """The GemmaConfig of a model directory."""
+    config, generation = config_from_dict(read_json(path / "config.json")), path / "generation_config.json"
+    if generation.exists():  # names all the tokens that end a text
+        config = replace(config, eos_token_id=read_json(generation).get("eos_token_id", config.eos_token_id))
+    return config
+
+
+def config_from_dict(d):
+    """Read the dict of a config.json, old style (rope_theta, rope_scaling) or new (rope_parameters), of a text model,
+    or of a multimodal one's text part -> GemmaConfig."""
+    kind = d.get("model_type")
+    require(kind in ("gemma3_text", "gemma3"), f"model_type {kind!r} is not Gemma 3's ('gemma3_text' or 'gemma3')")
+    d = HF_DEFAULTS | d | dict_at(d, "text_config")
+    for key, value in GEMMA3_CONSTANTS.items():
+        require(d.get(key) in (None, value), f"{key}={d.get(key)!r} is not supported: Gemma 3 has {value!r}")
+    rope = dict_at(d, "rope_parameters")
+    full, sliding = dict_at(d, "rope_scaling") | dict_at(rope, FULL), dict_at(rope, SLIDING)
+    rope_type = full.get("rope_type", full.get("type", "default"))
+    require(rope_type in ("default", "linear"), f"rope_type {rope_type!r}: Gemma 3 has 'default' and 'linear' only")
+    renamed = {
+        "sliding_window_pattern": d.get("_sliding_window_pattern"),
+        "rope_theta": full.get("rope_theta"),
+        "rope_local_base_freq": sliding.get("rope_theta"),
+        "rope_linear_factor": full.get("factor", 1.0) if rope_type == "linear" else 1.0,
+    }
+    d |= {key: value for key, value in renamed.items() if value is not None}
+    return GemmaConfig(**{f.name: d[f.name] for f in fields(GemmaConfig) if f.name in d})
+
+
+def config_to_dict(config):
+    """The dict that goes into config.json. RoPE stands there in both spellings: readers know one or the other."""
+    d = asdict(config)
+    factor = d.pop("rope_linear_factor")
+    scaling = {"rope_type": "default"} if factor == 1 else {"rope_type": "linear", "factor": factor}
+    d["rope_parameters"] = {
+        FULL: {"rope_theta": config.rope_theta, **scaling},
+        SLIDING: {"rope_theta": config.rope_local_base_freq, "rope_type": "default"},
+    }
+    d["rope_scaling"] = None if factor == 1 else scaling
+    about = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+    return d | GEMMA3_CONSTANTS | about | {"attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True}
+
+
+def weight_files(path):
+    """The safetensors files of a model directory: one, or the shards that an index lists."""
+    index = path / "model.safetensors.index.json"
+    if (path / "model.safetensors").exists() or not index.exists():
+        return [path / "model.safetensors"]
+    names = dict_at(read_json(index), "weight_map").values()
+    for name in names:
+        here = isinstance(name, str) and Path(name).name == name
+        require(here, f"{index.name}: {name!r} is not a file in this directory")
+    return [path / name for name in sorted(set(names))]
+
+
+def weights_fingerprint(path):
+    """What tells one model directory's weights from another's: a hex digest (BLAKE2b, 16 bytes) of their files."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in weight_files(Path(path)):
+        with open(file, "rb") as f:
+            hashlib.file_digest(f, lambda: digest)  # goes on with it
+    return digest.hexdigest()
+
+
+def tensor_shapes(file):
+    """{name: shape} of the tensors in a safetensors file."""
+    try:
+        with safe_open(file, framework="pt") as f:
+            return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
+    except SafetensorError as e:
+        raise ValueError(f"{file.name}: {e}") from None
+
+
+def read_tensor(file, name, device):
+    """One tensor of a safetensors file. The file is opened for it alone: while one is open, all that was read from it
+    stays in memory, beside the weights made of it."""
+    with safe_open(file, framework="pt", device=str(device)) as f:
+        return f.get_tensor(name)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# fast paths: attention and the loss as each device does them best
+
+BLOCKED_ATTENTION_DEVICES = ("cpu",)  # where blocked_attention is faster than PyTorch's kernel without a window, too
+QUERY_BLOCK = 128  # queries in a block
+
+
+def blocked_attention(q, k, v, window, scale, dropout):
+    """Causal attention of q (B, H, T, D) to k, v (B, K, T, D), each query to the `window` last keys up to its own.
+
+    Some queries at a time multiply the keys that any of them can see, so what lies beyond a window costs nothing. On
+    CPUs faster than PyTorch's flash kernel (python tests/benchmark.py --job=attention), above all backward."""
+    (B, H, T, D), K = q.shape, k.shape[1]
+    positions, blocks = torch.arange(T, device=q.device), []
+    for start in range(0, T, QUERY_BLOCK):
+        end, first = min(start + QUERY_BLOCK, T), max(0, start + 1 - window)
+        q_i = q[:, :, start:end].reshape(B, K, -1, D)  # heads that share keys make one product
+        scores = (q_i @ k[:, :, first:end].transpose(2, 3)).view(B, H, end - start, end - first).float() * scale
+        distance = positions[start:end, None] - positions[first:end]
+        scores = scores.masked_fill((distance < 0) | (distance >= window), -math.inf)
+        weights = F.dropout(scores.softmax(-1), dropout).type_as(v)
+        blocks.append((weights.view(B, K, -1, end - first) @ v[:, :, first:end]).view(B, H, end - start, D))
+    return torch.cat(blocks, dim=2)
+
+
+def causal_attention(q, k, v, scale, dropout):
+    """Causal attention of q (B, H, T, D) to k, v (B, K, T, D) by PyTorch's kernels."""
+    if q.dtype == torch.float32:  # of GPUs' kernels flash takes no float32, and the next best no keys that heads share
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, None, dropout, True, scale=scale, enable_gqa=True)
+
+
+def use_flex_attention(device):
+    """Whether FlexAttention makes one kernel of a sliding window: when compiled, on GPUs with the shared memory that
+    its backward needs at Gemma's head_dim of 256: H100, H200 and B200 have 227 KB a block, A100 163, others less."""
+    if device.type != "cuda" or not torch.compiler.is_compiling():
+        return False
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) > 2e5  # 0: ROCm
+
+
+def sliding_window_mask(T, window, device):
+    """FlexAttention's BlockMask of the last `window` keys up to each query: blocks that no query sees are skipped."""
+
+    def seen(_batch, _head, query, key):
+        return (key <= query) & (query - key < window)
+
+    return create_block_mask(seen, None, None, T, T, device=device)
+
+
+def cached_attention(q, k, v, valid, scale):
+    """Attention of one token's q (B, H, 1, D) to the slots of a cache, k and v (B, K, slots, D), that are valid."""
+    grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[3])  # (B, K, H/K, D): heads that share keys make one product
+    scores = (grouped @ k.transpose(2, 3)).float() * scale
+    return (scores.masked_fill(~valid, -math.inf).softmax(-1).type_as(v) @ v).view(q.shape)
+
+
+CHUNK = 2**24  # logits that LinearCrossEntropy makes at once: 64 MB, and twice that for their gradients; GPUs: 8 times
+
+
+class LinearCrossEntropy(torch.autograd.Function):
     """The head and its cross-entropy, summed over targets that are not -100, without ever holding all the logits: those
     of B 32, T 1024 and 50,304 tokens would take 6.6 GB. Some rows at a time make their logits, their loss and, while
     these are at hand, their part of the gradients, which backward then only scales."""
@@ -360,245 +680,3 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad):
         grad_x, grad_w = ctx.saved_tensors
         return grad_x * grad, None if grad_w is None else grad_w * grad, None, None
-
-
-class NumParams(NamedTuple):
-    total: int
-    embedding: int  # tied with the head, so counted once
-    non_embedding: int
-
-
-class Gemma(nn.Module):
-    """The model. `dropout` acts on attention weights, both residual branches and the embedding (Gemma itself: 0)."""
-
-    def __init__(self, config, dropout=0.0):
-        super().__init__()
-        self.config = config
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList(Block(config, i, dropout) for i in range(config.num_hidden_layers)),
-                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-            }
-        )
-        self.dropout = nn.Dropout(dropout)
-
-    @torch.no_grad()
-    def init_weights(self, seed, device=None):
-        """Draw every matrix from N(0, 0.02) on `device`, by default the model's. The embedding too: its rows are also
-        the head's, and with std 0.02 the first loss is about ln(V). The norms behind attention and MLP start with the
-        gain that makes what a block adds as large as an embedded token, whatever the weights before them are: at a gain
-        of 1 it would be larger (twice at 270M), and learns more slowly (README). Other norms start as the identity."""
-        device = device or self.device
-        generator = torch.Generator(device).manual_seed(seed)
-        embedded = 0.02 * self.config.hidden_size**0.5  # rms of an embedded token
-        for name, p in self.named_parameters():
-            if p.ndim > 1:
-                p.copy_(torch.empty(p.shape, device=device).normal_(0, 0.02, generator=generator))
-            else:
-                p.fill_(embedded - 1 if "post_" in name else 0.0)
-        return self
-
-    @property
-    def device(self):
-        return self.model.embed_tokens.weight.device
-
-    def forward(self, tokens, targets=None, reduction="mean", cache=None):
-        """tokens (B, T) int64 -> logits (B, T, V).
-
-        With targets (B, T): the cross-entropy in nats, "mean" or "sum" over the targets that are not -100.
-        With a KVCache: tokens are a prompt for an empty one, or the one token (B, 1) that follows what it holds; only
-        the last position's logits come back, (B, 1, V)."""
-        config, embedding = self.config, self.model.embed_tokens.weight
-        T, limit = tokens.shape[1], config.max_position_embeddings
-        if T > limit:
-            raise ValueError(f"{T} tokens are more than the model's max_position_embeddings={limit}")
-        positions = torch.arange(T, device=tokens.device)
-        if cache is not None:
-            positions = positions + cache.length
-        rope = {
-            SLIDING: rope_table(positions, config.head_dim, config.rope_local_base_freq, 1.0),
-            FULL: rope_table(positions, config.head_dim, config.rope_theta, config.rope_linear_factor),
-        }
-        mask = {SLIDING: None, FULL: None}
-        if cache is not None and T == 1:
-            mask = cache.written()
-        elif T > config.sliding_window and not self.dropout.p and window_by_kernel(tokens.device):
-            mask[SLIDING] = sliding_window_mask(T, config.sliding_window, tokens.device)
-
-        # the scale is rounded to the weights' dtype, as in the published models (25.25 for 270M in bfloat16)
-        x = F.embedding(tokens, embedding) * torch.tensor(config.hidden_size**0.5, dtype=embedding.dtype)
-        x = self.dropout(x)  # (B, T, C)
-        for block in self.model.layers:
-            x = block(x, rope, mask, cache)
-        if cache is not None:
-            cache.length += T
-            x = x[:, -1:]
-        x = self.model.norm(x)
-        if targets is None:
-            return F.linear(x, embedding)  # (B, T, V)
-        loss = HeadLoss.apply(x.flatten(0, 1), embedding, targets.flatten(), torch.is_grad_enabled())
-        return loss / (targets != -100).sum() if reduction == "mean" else loss
-
-    def num_params(self):
-        embedding = self.model.embed_tokens.weight.numel()
-        total = sum(p.numel() for p in self.parameters())
-        return NumParams(total, embedding, total - embedding)
-
-    def flops_per_token(self, T):
-        """Training FLOPs (forward and backward) per token at sequence length T: 6 per weight in a matrix product, and
-        12 * H * D per token attended to, counting the full length or window as PaLM (appendix B) and nanoGPT do."""
-        c = self.config
-        matrices = sum(p.numel() for p in self.parameters() if p.ndim > 1)  # the embedding counts as the head
-        attended = sum(min(T, c.sliding_window) if kind == SLIDING else T for kind in c.layer_types)
-        return 6 * matrices + 12 * c.num_attention_heads * c.head_dim * attended
-
-    step = None
-
-    def compile_step(self):
-        """Compile the step that makes one token, for every later generate(). The weights are frozen into it, on CPUs
-        in the order in which their products read them fastest: they must not change afterwards."""
-        if self.device.type == "cpu":
-            torch._inductor.config.freezing = True  # an option of torch.compile would come too late
-        self.step = torch.compile(self.forward, options={"triton.cudagraphs": self.device.type == "cuda"})
-
-    @torch.no_grad()
-    def generate(
-        self,
-        prompt,
-        max_new_tokens,
-        temperature=1.0,
-        top_k=None,
-        top_p=None,
-        min_p=None,
-        repetition_penalty=1.0,
-        stop_ids=(),
-        seed=None,
-    ):
-        """Continue prompt (B, T), T >= 1: yields a (B,) tensor of token ids per step, as it is made.
-
-        Ends after max_new_tokens, at the model's last position, or once every row has made one of stop_ids (a row
-        that has is given its first stop id from then on). Temperature 0 is greedy. Raises ValueError where the
-        prompt leaves no position free, FloatingPointError where logits are NaN."""
-        B, T = prompt.shape
-        limit = self.config.max_position_embeddings
-        if T >= limit:
-            raise ValueError(f"the prompt's {T} tokens leave no room in the model's {limit} positions: shorten it")
-        max_tokens = min(T + max_new_tokens, limit)
-        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
-        cache = KVCache(self.config, B, max_tokens, self.device, self.model.embed_tokens.weight.dtype)
-        forward = self
-        seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=self.device)
-        stops = torch.tensor(stop_ids, dtype=torch.int64, device=self.device)
-        done = torch.zeros(B, dtype=torch.bool, device=self.device)
-        tokens = prompt
-        for _ in range(max_tokens - T):
-            logits = forward(tokens, cache=cache)[:, -1].float()  # (B, V)
-            if logits.isnan().any():
-                raise FloatingPointError("the model's logits are NaN: its weights are damaged or too large")
-            if repetition_penalty != 1:
-                seen.scatter_(1, tokens, True)
-                penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-                logits = torch.where(seen, penalized, logits)
-            token = sample_token(logits, temperature, top_k, top_p, min_p, generator)
-            if stop_ids:
-                token = torch.where(done, stops[0], token)
-                done |= torch.isin(token, stops)
-            yield token
-            if done.all():
-                return
-            tokens, forward = token[:, None], self.step or self
-
-    @classmethod
-    def from_pretrained(cls, path, device="cpu", dtype=torch.float32, dropout=0.0):
-        """Open a model directory in the Hugging Face format: ours, or a published Gemma 3, in one file or in shards.
-        Of a multimodal model it takes the text part. Raises ValueError for a missing, unexpected or misshapen tensor,
-        OSError for a missing file."""
-        path = Path(path)
-        config = GemmaConfig.from_dict(json.loads((path / "config.json").read_text()))
-        if (generation := path / "generation_config.json").exists():  # names all the tokens that end a text
-            config.eos_token_id = json.loads(generation.read_text()).get("eos_token_id", config.eos_token_id)
-        with torch.device("meta"):  # no memory, no random numbers: the files bring both
-            model = cls(config, dropout)
-        shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-        weights = {}
-        for file in weight_files(path):
-            for name, shape in tensor_shapes(file).items():
-                if "vision_tower." in name or "multi_modal_projector." in name:
-                    continue
-                ours = name.replace("language_model.", "", 1)  # the text part's prefix in multimodal checkpoints
-                if shape != shapes.get(ours):
-                    wanted = (
-                        f"the config asks for {list(shapes[ours])}" if ours in shapes else "no such tensor is expected"
-                    )
-                    raise ValueError(f"{file.name}: {name} {list(shape)}: {wanted}")
-                weights[ours] = read_tensor(file, name, device).to(dtype)
-        if missing := [name for name in shapes if name not in weights]:
-            raise ValueError(f"tensors missing: {missing[0]} and {len(missing) - 1} more")
-        model.load_state_dict(weights, assign=True)
-        return model.requires_grad_(True)
-
-    def save_pretrained(self, path, weights=None):
-        """Write config.json, generation_config.json and model.safetensors into the directory `path`. weights: a state
-        dict to write in place of the model's own."""
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        c = self.config
-        ids = {"bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id, "pad_token_id": c.pad_token_id}
-        dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
-        (path / "config.json").write_text(json.dumps(c.to_dict() | {"dtype": dtype}, indent=2) + "\n")
-        (path / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
-        weights = {name: w.detach().contiguous() for name, w in (weights or self.state_dict()).items()}
-        save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-
-
-def weight_files(path):
-    """The safetensors files of a model directory: one, or the shards that an index lists."""
-    index = path / "model.safetensors.index.json"
-    if (path / "model.safetensors").exists() or not index.exists():
-        return [path / "model.safetensors"]
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    if strange := [name for name in names if Path(name).name != name]:  # an index may come from anyone
-        raise ValueError(f"{index.name}: {strange[0]!r} is not a file in this directory")
-    return [path / name for name in names]
-
-
-def tensor_shapes(file):
-    """{name: shape} of the tensors in a safetensors file."""
-    try:
-        with safe_open(file, framework="pt") as f:
-            return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
-    except SafetensorError as e:
-        raise ValueError(f"{file.name}: {e}") from None
-
-
-def read_tensor(file, name, device):
-    """One tensor of a safetensors file. The file is opened for it alone: while one is open, all that was read from it
-    stays in memory, beside the weights made of it."""
-    with safe_open(file, framework="pt", device=str(device)) as f:
-        return f.get_tensor(name)
-
-
-def sample_token(logits, temperature, top_k=None, top_p=None, min_p=None, generator=None):
-    """Draw from logits (B, V) -> (B,) token ids: from the top_k likeliest, filtered; temperature 0: the likeliest."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits, tokens = logits / temperature, None
-    if top_k:  # draw among these alone: much faster than among a whole vocabulary of which the most have no chance
-        logits, tokens = logits.topk(min(top_k, logits.shape[-1]))
-    drawn = torch.multinomial(filter_logits(logits, top_p, min_p).softmax(-1), 1, generator=generator)
-    return (drawn if tokens is None else tokens.gather(1, drawn))[:, 0]
-
-
-def filter_logits(logits, top_p=None, min_p=None):
-    """Set to -inf what sampling shall not draw from logits (B, V): keep the smallest set of mass top_p, then of those
-    the ones at least min_p times as likely as the likeliest. The order is transformers'."""
-    if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        probs = ordered.softmax(-1)
-        beyond = probs.cumsum(-1) - probs >= top_p  # the mass before it suffices already
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -math.inf)
-    if min_p:
-        probs = logits.softmax(-1)
-        logits = logits.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), -math.inf)
-    return logits

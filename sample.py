@@ -11,18 +11,15 @@ Read what a model writes, or export it for llama.cpp.
     python sample.py --out_dir=out/fables --export_gguf=fables.gguf      # a file for llama.cpp and Ollama
 """
 
-import json
 import os
 import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from config import NO_LIMIT, UserError, check_range, run
+from config import NO_LIMIT, UserError, check_range, run, user_errors
 from lora import encode_conversation, end_of_response, load_adapter, merge_lora, template_of
-from model import SLIDING
+from model import SLIDING, read_json
 from prepare import GPT2_PATTERN, Tokenizer, hub_directory
 from train import can_compile, open_model, pick_device, pick_dtype, whole_checkpoint
 
@@ -59,75 +56,148 @@ class SampleConfig:
         check_range(self, 1e-3, 1e3, "repetition_penalty")
         if self.gguf_type not in ("f32", "bf16", "f16", "q8_0"):
             raise ValueError(f"gguf_type={self.gguf_type!r} must be f32, bf16, f16 or q8_0")
+        if self.export_gguf and not (folder := Path(self.export_gguf).parent).is_dir():
+            raise ValueError(f"export_gguf={self.export_gguf}: no folder {folder}")
         if self.compare and not (self.adapter and self.instruct):
             raise ValueError("compare needs an adapter and an instruct to answer")
+
+
+def main(cfg):
+    device = pick_device("cpu" if cfg.export_gguf else cfg.device)
+    dtype = pick_dtype("float32" if cfg.export_gguf else cfg.dtype, device)
+    adapter = hub_directory(cfg.adapter) if cfg.adapter else None
+    path = find_checkpoint(cfg, adapter)
+    model = open_model(path, device, dtype).eval()
+    tokenizer = Tokenizer.load(path)
+    template = (adapter and template_of(adapter, tokenizer)) or template_of(path, tokenizer)
+    writer = Writer(cfg, model, tokenizer, template)
+    print(f"[{path}{f' with {adapter}' if adapter else ''}]\n")
+    if cfg.compare:
+        print("base:\n")
+        writer.answer([(cfg.instruct, cfg.input, None)])
+        print("tuned:\n")
+    if adapter:
+        with user_errors(f"--adapter={cfg.adapter}"):
+            load_adapter(model, adapter).to(dtype).eval()
+    if cfg.export_gguf:
+        return export_gguf(merge_lora(model), tokenizer, cfg.export_gguf, cfg.gguf_type)
+    if cfg.compile and can_compile(device):
+        model.compile_step()
+    if cfg.interactive:
+        writer.converse(takes_turns=bool(adapter or template))
+    elif cfg.instruct:
+        writer.answer([(cfg.instruct, cfg.input, None)])
+    else:
+        writer.continue_text(read_start(cfg.start))
 
 
 def find_checkpoint(cfg, adapter):
     """The model directory that the settings name, or that the adapter was trained on."""
     if cfg.model:
-        return hub_directory(cfg.model)
-    if adapter:
-        try:
-            about = json.loads((adapter / "adapter_config.json").read_text())
-            return hub_directory(about["base_model_name_or_path"])
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise UserError(f"--adapter={cfg.adapter}: no adapter here: {e}") from None
-    if cfg.out_dir:
+        path = hub_directory(cfg.model)
+    elif adapter:
+        with user_errors(f"--adapter={cfg.adapter}: no adapter here"):
+            path = hub_directory(read_json(adapter / "adapter_config.json")["base_model_name_or_path"])
+    elif cfg.out_dir:
         path = whole_checkpoint(Path(cfg.out_dir) / "best")
         if not path.is_dir():
             raise UserError(f"--out_dir={cfg.out_dir}: no checkpoint in {path}")
-        return path
-    found = list(Path("out").glob("*/best/config.json"))
-    if not found:
-        raise UserError("no checkpoint under out/: train one first, python train.py config/train_fables.py")
-    return max(found, key=lambda p: p.stat().st_mtime).parent
+    else:
+        found = [file.parent for file in Path("out").glob("*/best/config.json")]
+        if not found:
+            raise UserError("no checkpoint under out/: train one first, python train.py config/train_fables.py")
+        path = max(found, key=lambda run: (run / "config.json").stat().st_mtime)
+    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        raise UserError(f"{path} holds an adapter, not a whole model: use --adapter={path}")
+    return path
 
 
-def write(model, tokenizer, text, ids, stops, cfg):
-    """Print what follows the prompt `ids`, of which `text` shows; one sample streams, several come when all are done.
-    Returns the first."""
+def read_start(text):
+    if not text.startswith("FILE:"):
+        return text
+    with user_errors(f"--start={text}"):
+        return Path(text[5:]).read_text(encoding="utf-8")
 
-    def shown(sample):
-        return (text + tokenizer.decode(sample)).lstrip()
 
-    limit = model.config.max_position_embeddings
-    if len(ids) >= limit:
-        raise UserError(f"the prompt's {len(ids)} tokens leave no room in the model's {limit} positions: shorten it")
-    prompt = torch.tensor([ids] * cfg.num_samples, device=model.device)
-    started, made, printed = time.perf_counter(), [[] for _ in range(cfg.num_samples)], 0
-    steps = model.generate(
-        prompt, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty, stops,
-        cfg.seed,
-    )  # fmt: skip
-    for tokens in steps:
-        for sample, token in zip(made, tokens.tolist(), strict=True):
-            if not (sample and sample[-1] in stops):  # else it has ended before the others
-                sample.append(token)
-        if cfg.num_samples == 1:
-            so_far = shown(made[0])
-            if not so_far.endswith("\ufffd"):  # not in the middle of a character
-                print(so_far[printed:], end="", flush=True)
-                printed = len(so_far)
-    seconds, count = time.perf_counter() - started, sum(map(len, made))
-    texts = list(map(shown, made))
-    print("\n\n---\n\n".join(texts) if cfg.num_samples > 1 else texts[0][printed:], end="")
-    print(f"\n\n[{count} tokens, {count / seconds:.0f} per second]\n")
-    return texts[0]
+class Writer:
+    """A model that writes to the terminal. template: of the instructions that it knows, None for a plain model."""
+
+    def __init__(self, cfg, model, tokenizer, template):
+        self.cfg, self.model, self.tokenizer, self.template = cfg, model, tokenizer, template
+        ends = model.config.eos_token_id
+        self.stops = [tokenizer.eot, *(ends if isinstance(ends, list) else [])]
+
+    def continue_text(self, text):
+        ids = [self.tokenizer.bos, *map(int, self.tokenizer.encode(text))]
+        return self.write(text, ids, self.stops)
+
+    def answer(self, turns):
+        """turns: [(instruction, input, response), ...], the last response None. Returns that response."""
+        ids, _ = encode_conversation(self.tokenizer, turns, self.template or "alpaca")
+        return self.write("", ids, [*self.stops, end_of_response(self.tokenizer, self.template)])
+
+    def write(self, text, ids, stops):
+        """Print what follows the prompt `ids`, of which `text` shows; one sample streams, several come when all are
+        done. Returns the first."""
+        cfg, limit = self.cfg, self.model.config.max_position_embeddings
+        if len(ids) >= limit:
+            raise UserError(
+                f"the prompt's {len(ids)} tokens leave no room in the model's {limit} positions: shorten it"
+            )
+        started, printed = time.perf_counter(), 0
+        steps = self.model.generate_batch(
+            [ids] * cfg.num_samples, cfg.max_new_tokens, stops, temperature=cfg.temperature, top_k=cfg.top_k,
+            top_p=cfg.top_p, min_p=cfg.min_p, repetition_penalty=cfg.repetition_penalty, seed=cfg.seed,
+        )  # fmt: skip
+        for made in steps:
+            if cfg.num_samples == 1:
+                shown = self.shown(text, made[0])
+                if not shown.endswith("\ufffd"):  # not in the middle of a character
+                    print(shown[printed:], end="", flush=True)
+                    printed = len(shown)
+        seconds, count = time.perf_counter() - started, sum(map(len, made))
+        texts = [self.shown(text, sample) for sample in made]
+        print("\n\n---\n\n".join(texts)[printed:], end="")
+        print(f"\n\n[{count} tokens, {count / seconds:.0f} per second]\n")
+        return texts[0]
+
+    def shown(self, text, made):
+        return (text + self.tokenizer.decode(made)).lstrip()
+
+    def converse(self, takes_turns):
+        """Read lines until the end of input: the user's turns of one conversation, or beginnings to continue."""
+        turns = []
+        while True:
+            try:
+                line = input("> ")
+            except EOFError:
+                return print()
+            try:
+                if takes_turns:
+                    turns.append((line, "", self.answer([*turns, (line, "", None)]).strip()))
+                else:
+                    self.continue_text(line)
+            except UserError as e:  # too long: forget what was said and go on
+                print(e)
+                turns = []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# export
 
 
 def export_gguf(model, tokenizer, path, matrix_type):
     """Write a float32 model and its tokenizer as a GGUF file, which llama.cpp and what is built on it read.
 
     matrix_type: f32, bf16, f16 or q8_0. Names, shapes and metadata are those of llama.cpp's conversion/gemma.py."""
-    import gguf  # needed here alone
-    from gguf import GGMLQuantizationType as Type
+    import gguf  # needed for this alone
 
-    c, arch = model.config, gguf.MODEL_ARCH.GEMMA3
-    wanted = Type[matrix_type.upper()]
-    writer = gguf.GGUFWriter(f"{path}.part", gguf.MODEL_ARCH_NAMES[arch])
+    c = model.config
+    if c.hidden_activation != "gelu_pytorch_tanh":
+        raise UserError(f"llama.cpp's Gemma 3 has no hidden_activation={c.hidden_activation}")
+    writer = gguf.GGUFWriter(f"{path}.part", "gemma3")
     writer.add_name(Path(path).stem)
-    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if wanted == Type.F32 else f"MOSTLY_{wanted.name}"])
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if matrix_type == "f32" else f"MOSTLY_{matrix_type.upper()}"])
     writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
     writer.add_block_count(c.num_hidden_layers)
@@ -145,11 +215,25 @@ def export_gguf(model, tokenizer, path, matrix_type):
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(c.rope_linear_factor)
     add_gguf_tokenizer(writer, tokenizer, c.vocab_size)
+    add_gguf_weights(writer, model, matrix_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    os.replace(f"{path}.part", path)
+    print(f"{path}: {os.path.getsize(path) / 1e6:,.1f} MB; llama-cli -m {path} runs it")
 
+
+def add_gguf_weights(writer, model, matrix_type):
+    """The tensors: matrices in the wanted type, where it takes them, and norms in float32."""
+    import gguf
+    from gguf import GGMLQuantizationType as Type
+
+    c, wanted = model.config, Type[matrix_type.upper()]
     # llama.cpp knows the attention scale of each published size; ours, where it differs, goes into the queries' norm
     theirs = c.hidden_size // c.num_attention_heads if c.num_hidden_layers == 62 else c.head_dim
     query_scale = (theirs / c.query_pre_attn_scalar) ** 0.5
-    names = gguf.get_tensor_name_map(arch, c.num_hidden_layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, c.num_hidden_layers)
     for name, weight in model.state_dict().items():
         array, stored = weight.float().cpu().numpy(), wanted
         if array.ndim == 1:  # a norm: its gain is 1 + weight here and weight there
@@ -157,11 +241,6 @@ def export_gguf(model, tokenizer, path, matrix_type):
         elif wanted == Type.Q8_0 and array.shape[1] % 32:  # blocks of 32 don't fit
             stored = Type.BF16
         writer.add_tensor(names.get_name(name, (".weight",)), gguf.quantize(array, stored), raw_dtype=stored)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    os.replace(f"{path}.part", path)
 
 
 def add_gguf_tokenizer(writer, tokenizer, num_rows):
@@ -201,85 +280,6 @@ def add_gguf_tokenizer(writer, tokenizer, num_rows):
     writer.add_add_bos_token(True)
     if chat := tokenizer.config.get("chat_template"):
         writer.add_chat_template(chat)
-
-
-def open_adapter(model, path):
-    try:
-        return load_adapter(model, path)
-    except Exception as e:  # whatever is odd in it
-        raise UserError(f"--adapter={path}: {type(e).__name__}: {e}") from None
-
-
-def main(cfg):
-    device = pick_device(cfg.device)
-    dtype = pick_dtype(cfg.dtype, device)
-    adapter = hub_directory(cfg.adapter) if cfg.adapter else None
-    path = find_checkpoint(cfg, adapter)
-    if cfg.export_gguf:
-        if not Path(cfg.export_gguf).parent.is_dir():
-            raise UserError(f"--export_gguf={cfg.export_gguf}: no folder {Path(cfg.export_gguf).parent}")
-        device, dtype = torch.device("cpu"), torch.float32
-    model = open_model(path, device, dtype).eval()
-    tokenizer = Tokenizer.load(path)
-    template = (adapter and template_of(adapter, tokenizer)) or template_of(path, tokenizer)
-    ends = model.config.eos_token_id
-    stops = [tokenizer.eot, *(ends if isinstance(ends, list) else [])]
-    print(f"[{path}{f' with {adapter}' if adapter else ''}]\n")
-
-    def continue_text(text):
-        ids = [tokenizer.bos, *map(int, tokenizer.encode(text))]
-        return write(model, tokenizer, text, ids, stops, cfg)
-
-    def answer(turns):
-        ids, _ = encode_conversation(tokenizer, turns, template or "alpaca")
-        return write(model, tokenizer, "", ids, [*stops, end_of_response(tokenizer, template)], cfg)
-
-    if cfg.compare:
-        print("base:\n")
-        answer([(cfg.instruct, cfg.input, None)])
-        print("tuned:\n")
-    if adapter:
-        open_adapter(model, adapter).to(dtype).eval()
-    if cfg.export_gguf:
-        export_gguf(merge_lora(model), tokenizer, cfg.export_gguf, cfg.gguf_type)
-        size = os.path.getsize(cfg.export_gguf)
-        return print(f"{cfg.export_gguf}: {size / 1e6:,.1f} MB; llama-cli -m {cfg.export_gguf} runs it")
-    if cfg.compile and can_compile(device):
-        model.compile_step()
-    if cfg.interactive:
-        return converse(continue_text, answer, chat=bool(adapter or template))
-    if cfg.instruct:
-        answer([(cfg.instruct, cfg.input, None)])
-    else:
-        continue_text(read_start(cfg.start))
-
-
-def read_start(text):
-    if not text.startswith("FILE:"):
-        return text
-    try:
-        return Path(text[5:]).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--start={text}: {e}") from None
-
-
-def converse(continue_text, answer, chat):
-    """Read lines until the end of input: beginnings to continue, or the user's turns of one conversation."""
-    turns = []
-    while True:
-        try:
-            line = input("> ")
-        except EOFError:
-            return print()
-        try:
-            if chat:
-                turns = [*turns, (line, "", None)]
-                turns[-1] = (line, "", answer(turns).strip())
-            else:
-                continue_text(line)
-        except UserError as e:  # too long: forget what was said and go on
-            print(e)
-            turns = []
 
 
 if __name__ == "__main__":

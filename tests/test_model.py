@@ -1,5 +1,7 @@
 """model.py against transformers' Gemma3ForCausalLM, on the same weights."""
 
+import contextlib
+import itertools
 import json
 import re
 import shutil
@@ -7,11 +9,15 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import HOME
 from safetensors.torch import load_file, save_file
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
+from torch._guards import TracingContext
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
@@ -22,7 +28,22 @@ from transformers import (
 )
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from model import FULL, SLIDING, Gemma, GemmaConfig, KVCache, filter_logits, sample_token
+import model as model_py
+from model import (
+    ACTIVATIONS,
+    FULL,
+    SLIDING,
+    Gemma,
+    GemmaConfig,
+    KVCache,
+    complete,
+    config_from_dict,
+    config_to_dict,
+    filter_logits,
+    read_config,
+    sample_token,
+    weights_fingerprint,
+)
 
 
 def small(**changes):
@@ -35,13 +56,18 @@ def small(**changes):
     return GemmaConfig(**shape | changes)
 
 
+TWO_LAYERS = {"num_hidden_layers": 2, "sliding_window_pattern": 2}  # one of each kind, for what is to be compiled
+
+
 def random_model(config, seed=0):
-    """Weights large enough that every part matters, norms included."""
+    """Weights large enough that every part matters, norms included. The last norm's gains lie around 0: around 1 the
+    likeliest token would always be the one before it, as the head is the embedding, and generation test nothing."""
     model = Gemma(config).init_weights(seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.15 * torch.randn(p.shape, generator=generator))
+        model.model.norm.weight.copy_(torch.randn(config.hidden_size, generator=generator) - 1)
     return model.eval()
 
 
@@ -61,7 +87,7 @@ def test_logits_and_gradients_equal_transformers(tmp_path, kv_heads, factor, pat
     config = small(num_key_value_heads=kv_heads, rope_linear_factor=factor, sliding_window_pattern=pattern)
     model = random_model(config, seed=kv_heads)
     peer = peer_of(model, tmp_path)
-    x = random_tokens(config, 3, 141)  # longer than a block of attend_in_blocks
+    x = random_tokens(config, 3, 141)  # longer than a block of blocked_attention
     assert (model(x) - peer(x).logits).abs().max() < 1e-4
     y = x[:, 1:].clone()
     y[0, :30] = -100
@@ -74,19 +100,19 @@ def test_logits_and_gradients_equal_transformers(tmp_path, kv_heads, factor, pat
 
 
 def test_kernels_of_other_devices_agree(monkeypatch):
-    """What GPUs run in place of attend_in_blocks, run here: PyTorch's kernel in full layers, FlexAttention in sliding
+    """What GPUs run in place of blocked_attention, run here: PyTorch's kernel in full layers, FlexAttention in sliding
     ones. Its kernel has no backward on CPUs: gradients are those of the traced graph, run operation by operation."""
-    model, x = random_model(small()), random_tokens(small(), 2, 141)
+    model, x = random_model(small(**TWO_LAYERS)), random_tokens(small(), 2, 141)
     model(x, x).backward()
     logits, gradients = model(x), [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    monkeypatch.setattr("model.IN_BLOCKS", ())
+    monkeypatch.setattr("model.BLOCKED_ATTENTION_DEVICES", ())
     model(x, x).backward()
     torch.testing.assert_close(model(x), logits, rtol=1e-4, atol=1e-4)
     for p, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-4)
-    monkeypatch.setattr("model.window_by_kernel", lambda device: True)
-    monkeypatch.setattr("model.attend_in_blocks", None)  # not to be called
+    monkeypatch.setattr("model.use_flex_attention", lambda device: True)
+    monkeypatch.setattr("model.blocked_attention", None)  # not to be called
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model)(x), logits, rtol=1e-4, atol=1e-4)
     model.zero_grad()
@@ -94,6 +120,27 @@ def test_kernels_of_other_devices_agree(monkeypatch):
     torch.compile(model, backend="aot_eager")(x, x).backward()
     for p, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-4)
+
+
+def test_keys_that_heads_share_are_repeated_where_no_kernel_shares_them(monkeypatch):
+    """In float32 GPUs have no flash kernel, and without one enable_gqa means all the scores at once."""
+    seen = []
+    monkeypatch.setattr("model.F.scaled_dot_product_attention", lambda q, k, *a, **how: seen.append(k.shape[1]) or q)
+    q, k = torch.zeros(1, 4, 8, 16), torch.zeros(1, 2, 8, 16)
+    for dtype in (torch.float32, torch.bfloat16):
+        model_py.causal_attention(q.to(dtype), k.to(dtype), k.to(dtype), 1.0, 0.0)
+    assert seen == [4, 2]
+
+
+def test_gpus_that_do_not_state_their_shared_memory_take_no_flex_attention(monkeypatch):
+    """ROCm's device properties lack shared_memory_per_block_optin."""
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    for properties, expected in (
+        (SimpleNamespace(), False),
+        (SimpleNamespace(shared_memory_per_block_optin=232448), True),
+    ):
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda device, found=properties: found)
+        assert model_py.use_flex_attention(torch.device("cuda")) == expected
 
 
 def test_full_270m_shape_equals_transformers(tmp_path):
@@ -209,7 +256,7 @@ def test_cached_generation_equals_uncached_beyond_the_window(prompt_length):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 def test_a_compiled_step_makes_the_same_tokens():
-    config = small()
+    config = small(**TWO_LAYERS)
     model = random_model(config)
     prompts = [random_tokens(config, 2, n) for n in (1, 5, 20)]
     eager = [torch.stack(list(model.generate(prompt, 30, temperature=0)), 1) for prompt in prompts]
@@ -221,11 +268,43 @@ def test_a_compiled_step_makes_the_same_tokens():
     assert all(map(torch.equal, eager, compiled))
 
 
-def test_cache_of_a_sliding_layer_holds_its_window():
-    config = small()
-    cache = KVCache(config, 2, 100, "cpu", torch.float32)
-    slots = [layer.shape[3] for layer in cache.layers]
-    assert slots == [7 if kind == SLIDING else 100 for kind in config.layer_types]
+def test_what_a_compiled_step_changes_stays_where_it_is():
+    """CUDA graphs are skipped ("mutated inputs") where a step writes into a tensor whose address may be another next
+    time. The length of the cache was such a one."""
+    graphs = []
+
+    def look(graph, inputs):
+        static = TracingContext.get().fw_metadata.static_input_indices
+        placeholders = graph.graph.find_nodes(op="placeholder")
+        changed = {node.args[0] for node in graph.graph.nodes if str(node.target) == "aten.copy_.default"}
+        graphs.append((len(changed), [placeholders.index(node) in static for node in changed]))
+        return graph
+
+    model = random_model(small())
+    backend = aot_autograd(fw_compiler=look, inference_compiler=look, keep_inference_input_mutations=True)
+    model.compiled_decode_step = torch.compile(model.forward, backend=backend)
+    list(model.generate(random_tokens(model.config, 2, 5), 3))
+    assert graphs == [(5, [True] * 5)]  # the length, and the keys and values of four layers
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_graphs_run():
+    model = random_model(small()).cuda()
+    prompts = [random_tokens(model.config, 2, n).cuda() for n in (1, 20)]
+    eager = [torch.stack(list(model.generate(prompt, 30, temperature=0)), 1) for prompt in prompts]
+    model.compile_step()
+    counters.clear()
+    compiled = [torch.stack(list(model.generate(prompt, 30, temperature=0)), 1) for prompt in prompts]
+    assert all(map(torch.equal, eager, compiled)) and counters["inductor"]["cudagraph_skips"] == 0
+
+
+def test_a_cache_holds_windows_in_the_dtype_of_their_keys():
+    """Not in that of the embedding: under autocast and FSDP it is another."""
+    config, cache = small(), KVCache(small(), 100, "cpu")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        random_model(config)(random_tokens(config, 2, 20), cache=cache)
+    assert [ring.shape[3] for ring in cache.rings] == [7 if kind == SLIDING else 100 for kind in config.layer_types]
+    assert {ring.dtype for ring in cache.rings} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.7])
@@ -283,9 +362,32 @@ def test_generation_stops_and_repeats_with_its_seed():
     stopped = torch.stack(list(model.generate(prompt[:1], 60, temperature=0, stop_ids=[row[10]])), 1)[0].tolist()
     assert stopped == row[: row.index(row[10]) + 1]
     batch = torch.stack(list(model.generate(prompt, 60, stop_ids=[stop], seed=5)), 1)
-    for row in batch.tolist():
-        if stop in row:
-            assert set(row[row.index(stop) :]) == {stop}
+    for row, whole in zip(batch.tolist(), runs[0].tolist(), strict=True):
+        length = whole.index(stop) + 1 if stop in whole else len(row)
+        assert row == whole[:length] + [-1] * (len(row) - length)
+
+
+def test_prompts_of_different_lengths_are_continued_as_if_alone():
+    """Shorter than the window, longer, of one token; a stop id within a prompt stops nothing; each row has a limit of
+    its own. What comes out is what each prompt alone is continued by."""
+    model = random_model(small(max_position_embeddings=40))
+    prompts = [random_tokens(model.config, n, seed=n).tolist() for n in (12, 1, 5, 25, 12, 6, 1)]
+    limits, how = [20, 30, 0, 30, 1, 9, 0], {"temperature": 0, "repetition_penalty": 1.7}
+    whole = [[t.item() for t in model.generate(torch.tensor([ids]), limit, **how)]
+             for ids, limit in zip(prompts, limits, strict=True)]  # fmt: skip
+    assert [len(ids) for ids in whole] == [20, 30, 0, 15, 1, 9, 0]
+    stops = [whole[1][20], prompts[3][20]]
+    expected = [list(itertools.takewhile(lambda token: token not in stops, ids)) for ids in whole]
+    assert 0 < len(expected[1]) < 30
+    *_, made = model.generate_batch(prompts, limits, stop_ids=stops, **how)
+    assert made == expected
+    assert complete(model, Words(), prompts, limits, **how) == list(map(str, whole))
+
+
+class Words:
+    """A tokenizer whose texts are lists of ids."""
+
+    decode = staticmethod(str)
 
 
 def test_generation_ends_at_the_last_position():
@@ -296,6 +398,24 @@ def test_generation_ends_at_the_last_position():
         next(model.generate(random_tokens(config, 1, 16), 1))
     with pytest.raises(ValueError, match="max_position_embeddings"):
         model(random_tokens(config, 1, 17))
+
+
+def test_a_parameter_that_init_weights_does_not_know_is_refused():
+    model = Gemma(small())
+    model.model.layers[0].value_scale = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(NotImplementedError, match=r"layers\.0\.value_scale \[3\]"):
+        model.init_weights(0)
+
+
+def test_another_activation_is_one_line(tmp_path, monkeypatch):
+    """As a hacker adds it; config.json says it, and transformers, which has one of that name, computes the same."""
+    monkeypatch.setitem(ACTIVATIONS, "relu2", lambda x: x.relu().square())
+    model = random_model(small(hidden_activation="relu2"))
+    x = random_tokens(model.config, 2, 20)
+    assert (model(x) - peer_of(model, tmp_path)(x).logits).abs().max() < 1e-4
+    monkeypatch.delitem(ACTIVATIONS, "relu2")
+    with pytest.raises(ValueError, match="hidden_activation='relu2' must be one of gelu_pytorch_tanh"):
+        Gemma.from_pretrained(tmp_path)
 
 
 def test_dropout_acts_in_training_only():
@@ -331,19 +451,20 @@ def change_weights(path, change):
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
 
 
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda name: {}, r"missing: model\.layers\.1\.mlp\.up_proj\.weight and 0 more"),
-        (lambda name: {"extra": torch.zeros(3)}, r"extra \[3\]: no such tensor"),
-        (lambda name: {name.replace("up", "upp"): torch.zeros(80, 48)}, r"mlp\.upp_proj\.weight \[80, 48\]: no such"),
-        (lambda name: {name: torch.zeros(48, 80)}, r"up_proj\.weight \[48, 80\]: the config asks for \[80, 48\]"),
+        ({}, r"mlp\.up_proj\.weight: the files have no such tensor, the config asks for \(80, 48\)"),
+        ({UP: torch.zeros(80, 48), "extra": torch.zeros(3)}, r"extra: the files have \(3,\), .* no such tensor"),
+        ({UP: torch.zeros(48, 80)}, r"up_proj\.weight: the files have \(48, 80\), the config asks for \(80, 48\)"),
     ],
 )
 def test_loading_is_strict(tmp_path, change, message):
     random_model(small()).save_pretrained(tmp_path)
-    name = "model.layers.1.mlp.up_proj.weight"
-    change_weights(tmp_path, lambda w: {k: v for k, v in w.items() if k != name} | change(name))
+    change_weights(tmp_path, lambda weights: {k: w for k, w in weights.items() if k != UP} | change)
     with pytest.raises(ValueError, match=message):
         Gemma.from_pretrained(tmp_path)
 
@@ -432,7 +553,7 @@ def test_what_published_configs_leave_out(shape):
     scaling = {"factor": 8.0, "rope_type": "linear"}
     text = shape | {"model_type": "gemma3_text", "rope_scaling": scaling, "sliding_window": 1024}
     d = {"model_type": "gemma3", "text_config": text, "eos_token_id": [1, 106], "vision_config": {}}
-    ours, theirs = GemmaConfig.from_dict(d), Gemma3Config.from_dict(d).text_config
+    ours, theirs = config_from_dict(d), Gemma3Config.from_dict(d).text_config
     for name in (f.name for f in fields(GemmaConfig) if hasattr(theirs, f.name) and f.name != "eos_token_id"):
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.eos_token_id == [1, 106] and ours.rope_linear_factor == 8
@@ -473,12 +594,58 @@ print(model.num_params().total, seconds, held, peak)
     assert (ours - logits).abs().max() < 1e-4 * logits.abs().max()
 
 
-def test_an_index_cannot_name_files_elsewhere(tmp_path):
+@pytest.mark.parametrize("weight_map", [{"a": "../model-00001.safetensors"}, {"a": 3}, {"a": {}}, ["a"], "a", -1])
+def test_an_index_names_files_beside_it_and_nothing_else(tmp_path, weight_map):
+    random_model(small()).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    for content in ({"weight_map": weight_map}, weight_map if weight_map != {"a": 3} else []):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError):
+            Gemma.from_pretrained(tmp_path)
+
+
+ODD = [None, [], {}, "x", -1, 1e308, True, [1, 2], [{}] * 4, 0, 2**40, {"rope_theta": "x"}]
+
+
+def test_configs_of_any_content_are_read_or_refused(tmp_path):
+    """A list for a config.json, a dict for a layer's kind: each ended in a traceback once."""
+    config = config_to_dict(small(rope_linear_factor=8.0))
+    for content in (config, to_old_style(config), {"model_type": "gemma3", "text_config": config}):
+        config_from_dict(content)
+        for odd in with_odd_values(content):
+            with contextlib.suppress(ValueError):
+                config_from_dict(odd)
+    random_model(small()).save_pretrained(tmp_path)
+    for content in (*ODD, *with_odd_values({"eos_token_id": 1})):
+        (tmp_path / "generation_config.json").write_text(json.dumps(content))
+        good = content in ({}, {"rope_theta": "x"}, *({"eos_token_id": ids} for ids in (None, [], 0, [1, 2])))
+        with contextlib.nullcontext() if good else pytest.raises(ValueError):
+            read_config(tmp_path)
+    for content in ODD:
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError):
+            read_config(tmp_path)
+
+
+def with_odd_values(content):
+    """The dict with each of ODD in place of each value in it, at any depth."""
+    for key, value in content.items():
+        yield from (content | {key: odd} for odd in ODD)
+        if isinstance(value, dict):
+            yield from (content | {key: odd} for odd in with_odd_values(value))
+
+
+def test_a_fingerprint_tells_weights_apart(tmp_path):
+    """Every file counts, and nothing but them."""
     save_official(Gemma3ForCausalLM(official_small()), tmp_path, max_shard_size="30KB")
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(index.read_text().replace('"model-00001', '"../model-00001'))
-    with pytest.raises(ValueError, match="not a file in this directory"):
-        Gemma.from_pretrained(tmp_path)
+    before = weights_fingerprint(tmp_path)
+    edit_config(tmp_path, lambda config: config | {"rms_norm_eps": 0.1})
+    assert weights_fingerprint(str(tmp_path)) == before and len(before) == 32
+    for file in sorted(tmp_path.glob("*.safetensors")):
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert weights_fingerprint(tmp_path) != before
+        file.write_bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -500,10 +667,10 @@ def test_config_of_transformers_old_style_and_new():
         rope_parameters={FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
                          SLIDING: {"rope_type": "default", "rope_theta": 2e4}},
     )  # fmt: skip
-    read = GemmaConfig.from_dict(json.loads(new.to_json_string(use_diff=False)))
+    read = config_from_dict(json.loads(new.to_json_string(use_diff=False)))
     old = {k: v for k, v in new.to_dict().items() if k not in ("rope_parameters", "layer_types")}
     old |= {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
-    assert GemmaConfig.from_dict(old | {"sliding_window_pattern": 6}) == read
+    assert config_from_dict(old | {"sliding_window_pattern": 6}) == read
     assert (read.rope_theta, read.rope_local_base_freq, read.rope_linear_factor) == (5e5, 2e4, 8.0)
     assert read.layer_types == [SLIDING] * 5 + [FULL, SLIDING]
 
@@ -515,6 +682,7 @@ def test_config_of_transformers_old_style_and_new():
         ({"head_dim": 15}, "odd"),
         ({"sliding_window": 1000}, "max_position_embeddings"),
         ({"layer_types": [FULL]}, "layer_types"),
+        ({"vocab_size": True}, "vocab_size=True"),
     ],
 )
 def test_impossible_configs_are_refused(changes, message):

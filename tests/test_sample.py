@@ -1,15 +1,20 @@
+import contextlib
+import io
 import itertools
 import json
 import math
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from conftest import TINY, copy_project, fails, publish_gemma, run_script
-from test_prepare import random_texts
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import sample
+from config import UserError, configure
 from data import fable_grammar
+from lora import encode_conversation, load_adapter, merge_lora
 from model import Gemma
 from prepare import Tokenizer
 
@@ -27,8 +32,19 @@ def project(tmp_path_factory):
     return path
 
 
-def sampled(project, *args, stdin=None):
-    return run_script(project, "sample.py", "--device=cpu", "--dtype=float32", *args, stdin=stdin).stdout
+def sampled(project, *args):
+    """What sample.py prints, run in this process."""
+    with contextlib.chdir(project), contextlib.redirect_stdout(io.StringIO()) as printed:
+        sample.main(*configure([sample.SampleConfig], ["--device=cpu", "--dtype=float32", *map(str, args)]))
+    return printed.getvalue()
+
+
+def refused(project, *args):
+    """The one line in which a mistake ends."""
+    with pytest.raises(UserError) as e:
+        sampled(project, *args)
+    assert len(str(e.value).splitlines()) == 1
+    return str(e.value)
 
 
 def story(printed):
@@ -66,28 +82,24 @@ def test_a_model_directory_and_zero_tokens(project):
 
 
 def test_end_of_text_ends_a_sample(project):
-    """One token is forced to be the end: nothing may come after it, and its name may not show."""
-    model = Gemma.from_pretrained(project / "out/fables/best")
-    tokenizer = Tokenizer.load(project / "out/fables/best")
+    """A model for which all tokens are equally likely comes to end-of-text some time: nothing may come after it, and
+    its name may not show."""
+    model, tokenizer = Gemma.from_pretrained(project / "out/fables/best"), Tokenizer.load(project / "out/fables/best")
     with torch.no_grad():
-        model.model.norm.weight.fill_(-1)  # no signal: every logit is 0, greedy takes token 0
+        model.model.norm.weight.fill_(-1)  # every logit is 0
     model.save_pretrained(project / "mute")
     tokenizer.save(project / "mute")
-    printed = sampled(project, "--model=mute", "--max_new_tokens=200", "--seed=3")
-    assert int(printed.rsplit("[", 1)[1].split(" tokens")[0]) < 200 or "endoftext" not in printed
-    assert "endoftext" not in printed
+    ids = [t.item() for t in model.eval().generate(torch.tensor([[tokenizer.bos]]), 500, 0.8, seed=1)]
+    length = ids.index(tokenizer.eot)
+    printed = sampled(project, "--model=mute", "--max_new_tokens=500", "--seed=1")
+    assert story(printed) == tokenizer.decode(ids[:length]).lstrip() and f"\n\n[{length} tokens, " in printed
 
 
 def test_interactive_keeps_asking(project):
-    import subprocess
-    import sys
-
-    command = [sys.executable, "sample.py", "--interactive=True", "--max_new_tokens=4", "--device=cpu"]
-    result = subprocess.run(
-        command, cwd=project, input="The fox\nThe crow\n", capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
-    assert "The fox" in result.stdout and "The crow" in result.stdout
+    printed = run_script(
+        project, "sample.py", "--interactive=True", "--max_new_tokens=4", "--device=cpu", stdin="The fox\nThe crow\n"
+    ).stdout
+    assert "The fox" in printed and "The crow" in printed
 
 
 @pytest.mark.parametrize(
@@ -103,7 +115,7 @@ def test_interactive_keeps_asking(project):
     ],
 )
 def test_mistakes_end_in_one_line(project, args, message):
-    assert message in fails(project, "sample.py", *args)
+    assert message in refused(project, *args)
 
 
 def test_no_checkpoint_at_all(tmp_path):
@@ -132,9 +144,6 @@ ASK = ("--adapter=out/tuned/best", "--instruct=Who is it?", "--input=A fox.", "-
 
 def greedy_answer(project, adapter):
     """What the model answers to ASK, by hand."""
-    from lora import load_adapter
-    from lora import encode_conversation
-
     tokenizer = Tokenizer.load(project / "out/fables/best")
     model = Gemma.from_pretrained(project / "out/fables/best")
     if adapter:
@@ -155,15 +164,10 @@ def test_compare_shows_the_base_and_then_the_tuned(tuned):
     assert after.startswith(greedy_answer(tuned, adapter=True) + "\n\n[")
 
 
-def test_a_conversation(tuned):
-    import subprocess
-    import sys
-
-    command = [sys.executable, "sample.py", "--adapter=out/tuned/best", "--interactive=True", "--max_new_tokens=4"]
-    lines = "Tell a fable.\n" + "again " * 400 + "\nWho was it?\n"
-    result = subprocess.run(command, cwd=tuned, input=lines, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("> ") == 4 and "positions: shorten it" in result.stdout
+def test_a_conversation(tuned, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Tell a fable.\n" + "again " * 400 + "\nWho was it?\n"))
+    printed = sampled(tuned, "--adapter=out/tuned/best", "--interactive=True", "--max_new_tokens=4")
+    assert printed.count("> ") == 4 and "positions: shorten it" in printed
 
 
 @pytest.mark.parametrize(
@@ -172,22 +176,22 @@ def test_a_conversation(tuned):
         (["--adapter=nowhere"], "no adapter here"),
         (["--adapter=out/tuned/best", "--model=out/nowhere"], "out/nowhere: not a directory here"),
         (["--compare=True"], "compare needs an adapter"),
+        (["--out_dir=out/tuned"], "use --adapter=out/tuned/best"),
+        (["--model=out/tuned/best"], "use --adapter=out/tuned/best"),
     ],
 )
 def test_mistakes_with_adapters(tuned, args, message):
-    assert message in fails(tuned, "sample.py", *args)
+    assert message in refused(tuned, *args)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # published checkpoints
 
 
-def test_a_published_model_from_the_hub_takes_turns(project, hub, tmp_path):
+def test_a_published_model_from_the_hub_takes_turns(project, hub, tmp_path, monkeypatch):
     """Its answer is the one transformers gives, from the prompt that its own chat template makes."""
-    from transformers import AutoTokenizer
-
     hub["google/gemma-3-270m-it"], hub["google/gated"] = publish_gemma(tmp_path, instructed=True), None
-    how = ("--model=google/gemma-3-270m-it", "--temperature=0", "--max_new_tokens=30")
+    how = ("--temperature=0", "--max_new_tokens=30")
     tokenizer, peer = AutoTokenizer.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)
     messages = [{"role": "user", "content": "Tell a fable about <eos>."}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -197,8 +201,11 @@ def test_a_published_model_from_the_hub_takes_turns(project, hub, tmp_path):
     ).input_ids  # what a user writes is text to us, and a control token to transformers
     made = peer.float().generate(torch.tensor([ids]), max_new_tokens=30, do_sample=False)[0, len(ids) :]
     answer = tokenizer.decode(made, skip_special_tokens=True).lstrip()
-    assert story(sampled(project, *how, "--instruct=Tell a fable about <eos>.")) == answer
-    assert sampled(project, *how, "--interactive=True", stdin="Tell a fable about <eos>.\n").count(answer) == 1
+    from_hub = ("--model=google/gemma-3-270m-it", "--device=cpu", "--dtype=float32")
+    asked = run_script(project, "sample.py", *from_hub, *how, "--instruct=Tell a fable about <eos>.")
+    assert story(asked.stdout) == answer
+    monkeypatch.setattr("sys.stdin", io.StringIO("Tell a fable about <eos>.\n"))
+    assert sampled(project, f"--model={tmp_path}", *how, "--interactive=True").count(answer) == 1
     assert "accept its terms" in fails(project, "sample.py", "--model=google/gated")
     assert "neither a directory here" in fails(project, "sample.py", "--model=google/none")
 
@@ -222,9 +229,9 @@ def hard(project):
 TEXT = "Once upon a time a fox said: 'I'll go!' " * 3
 
 
-def export(project, model, kind, *args):
+def export(project, model, kind):
     file = project / f"{Path(model).parent.name}-{kind}.gguf"
-    run_script(project, "sample.py", f"--model={model}", f"--export_gguf={file}", f"--gguf_type={kind}", *args)
+    sampled(project, f"--model={model}", f"--export_gguf={file}", f"--gguf_type={kind}")
     return file
 
 
@@ -245,8 +252,6 @@ def greedy(path, ids, count=100):
 @pytest.mark.parametrize("kind", ["f32", "bf16", "f16", "q8_0"])
 def test_a_gguf_file_holds_the_weights(project, hard, kind):
     """Read by the gguf package: every weight, norms with 1 added as llama.cpp expects, as exact as its type."""
-    import gguf
-
     file = gguf.GGUFReader(export(project, hard, kind))
     tensors = {t.name: torch.tensor(gguf.dequantize(t.data, t.tensor_type)) for t in file.tensors}
     state = Gemma.from_pretrained(hard).state_dict()
@@ -265,6 +270,8 @@ def test_a_gguf_file_holds_the_weights(project, hard, kind):
 def test_llama_cpp_writes_what_we_write(project, hard):
     """Both layer types, a prompt beyond the window, an attention scale and RoPE bases of our own, scaled positions."""
     peer = open_in_llama_cpp(export(project, hard, "f32"))
+    from test_prepare import random_texts
+
     tokenizer = Tokenizer.load(hard)
     ids = [tokenizer.bos, *map(int, tokenizer.encode(TEXT))]
     assert peer.tokenize(TEXT.encode(), add_bos=True, special=False) == ids
@@ -290,13 +297,9 @@ def test_llama_cpp_reads_gemmas_tokenizer(project, tmp_path):
 
 
 def test_an_adapter_is_merged_into_the_export(tuned):
-    import gguf
-
-    args = ("--adapter=out/tuned/best", "--export_gguf=tuned.gguf", "--gguf_type=f32")
-    run_script(tuned, "sample.py", *args)
+    printed = sampled(tuned, "--adapter=out/tuned/best", "--export_gguf=tuned.gguf", "--gguf_type=f32")
+    assert printed.endswith("MB; llama-cli -m tuned.gguf runs it\n")
     tensors = {t.name: torch.tensor(t.data) for t in gguf.GGUFReader(tuned / "tuned.gguf").tensors}
-    from lora import load_adapter, merge_lora
-
     model = merge_lora(load_adapter(Gemma.from_pretrained(tuned / "out/fables/best"), tuned / "out/tuned/best"))
     torch.testing.assert_close(tensors["blk.1.ffn_up.weight"], model.model.layers[1].mlp.up_proj.weight.detach())
 
@@ -309,7 +312,16 @@ def test_an_adapter_is_merged_into_the_export(tuned):
     ],
 )
 def test_mistakes_of_an_export(project, args, message):
-    assert message in fails(project, "sample.py", "--out_dir=out/fables", *args)
+    assert message in refused(project, "--out_dir=out/fables", *args)
+
+
+def test_what_llama_cpp_cannot_compute_is_not_exported(project, tmp_path):
+    path = project / "out/fables/best"
+    model = Gemma.from_pretrained(path)
+    model.config.hidden_activation = "relu2"
+    with pytest.raises(UserError, match="hidden_activation=relu2"):
+        sample.export_gguf(model, Tokenizer.load(path), tmp_path / "x.gguf", "f32")
+    assert not list(tmp_path.iterdir())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
