@@ -5,22 +5,28 @@ Text to tokens on disk: data/<name>/ with train.bin, val.bin, tokenizer.json and
     python prepare.py --dataset=fables                            # the bundled corpus, no network
     python prepare.py --dataset=stories.txt --tokenizer=bpe:4096  # a file or folder: .txt .jsonl .json .parquet
 
-A preparation that was cut off goes on where it stood when it is started again.
+If interrupted, run it again: it skips what is already tokenized.
 
 The bins are flat arrays of token ids, an end-of-text token after each document. Tokenizers are stored in the Hugging
 Face format and run through tiktoken where they are byte-level BPE, through `tokenizers` otherwise.
 """
 
 import contextlib
+import errno
 import hashlib
+import importlib
 import itertools
 import json
+import math
+import mmap
 import os
 import re
 import shutil
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +35,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from config import NO_LIMIT, UserError, check_range, run
+from config import NO_LIMIT, UserError, check_range, run, user_errors
 
 
 @dataclass
@@ -40,20 +46,240 @@ class PrepareConfig:
     subset: str = ""  # which configuration of a Hub dataset, as sample-10BT
     streaming: bool = False  # read a Hub dataset as it comes, for one that is too large for the disk
     text_column: str = "text"  # where the text stands in .jsonl, .json, .parquet and Hub datasets
-    separator: str = "<|endoftext|>"  # what stands between the documents of a .txt file
-    val_fraction: float = 0.01  # share of documents held out, where the dataset has no validation split
+    separator: str = "<|endoftext|>"  # what stands between the documents of a .txt file; \n in it is a line's end
+    val_fraction: float = 0.01  # share held out where the dataset has no validation split (of one plain text: 0.1)
     max_documents: int = 0  # stop after so many documents; 0: all of them (fables: 40,000)
-    seed: int = 0  # which fables are told
+    seed: int = 0  # which texts a bundled corpus generates
 
     def __post_init__(self):
         check_range(self, 0, 0.999, "val_fraction")
         check_range(self, 0, NO_LIMIT, "max_documents")
-        if not self.separator:
-            raise ValueError("separator is empty: name what stands between documents")
+        self.separator = self.separator.replace(r"\n", "\n").replace(r"\t", "\t")
+        if not self.separator or not self.dataset:
+            raise ValueError(f"{'separator' if self.dataset else 'dataset'} is empty")
 
 
 END_OF_TEXT = "<|endoftext|>"
 DATA = Path(__file__).parent / "data"
+
+
+def main(cfg):
+    corpus = open_corpus(cfg)
+    out = output_directory(cfg, corpus.source)
+    part = out.with_name(out.name + ".part")  # nothing reads this name, so half a set is never taken for one
+    tokenizer = start_or_resume(part, cfg, corpus)
+    shards = tokenize(corpus, tokenizer, part)
+    meta = {
+        "source": corpus.source,
+        "tokenizer": cfg.tokenizer or corpus.tokenizer,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": tokenizer.dtype.name,
+        "train": join_shards(shards, "train", tokenizer),
+        "val": join_shards(shards, "val", tokenizer),
+    }
+    bits = math.fsum(np.load(shard)["bits"] for shard in shards)
+    meta["floor_bits_per_byte"] = bits / meta["val"]["bytes"] if corpus.bits else None
+    meta["fingerprint"] = fingerprint(part, tokenizer)
+    (part / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    for file in (*part.glob("shard-*"), part / "task.json"):
+        file.unlink()
+    atomic_replace_dir(part, out)
+    report(out, meta)
+
+
+@dataclass
+class Corpus:
+    source: str  # what meta.json names: a bundled corpus, an absolute path, or a Hub id and subset
+    splits: dict[str, Callable]  # "train", perhaps "val": each call iterates anew over the texts of its documents
+    tokenizer: str = "gpt2"  # unless --tokenizer names another
+    bits: Callable | None = None  # text -> -log2 of its probability, where the corpus knows it
+    max_documents: int | None = None  # of each split
+    val_fraction: float = 0.0  # share of the training documents to hold out
+
+    def documents(self):
+        """The documents in order, as (split, text)."""
+        for split, texts in self.splits.items():
+            for text in itertools.islice(texts(), self.max_documents):
+                yield "val" if is_held_out(text, self.val_fraction) else split, text
+
+
+def start_or_resume(part, cfg, corpus):
+    """The tokenizer, stored in `part`: the one there if the same preparation was cut off, else a new one."""
+    files = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in source_files(Path(cfg.dataset))]
+    task = json.dumps(asdict(cfg) | {"source": corpus.source, "files": files, "shard": SHARD_CHARS})
+    shards = list(part.glob("shard-*.npz"))
+    if shards and (part / "task.json").read_text() == task:
+        print(f"{part}: going on after {len(shards)} shards")
+        return Tokenizer.load(part)
+    training = (text for split, text in corpus.documents() if split == "train")
+    tokenizer = make_tokenizer(cfg.tokenizer or corpus.tokenizer, training)
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    (part / "task.json").write_text(task)
+    tokenizer.save(part)
+    return tokenizer
+
+
+def tokenize(corpus, tokenizer, part):
+    """Encode the documents in threads -> the files of the shards, in order. Shards that are there already are kept."""
+    shards, pending = [], deque()
+    documents = tqdm(corpus.documents(), "tokenizing", unit=" documents", mininterval=1, disable=None)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for batch in batches(documents):
+            shards.append(part / f"shard-{len(shards):06}.npz")
+            if not shards[-1].exists():
+                pending.append(pool.submit(encode_shard, shards[-1], batch, tokenizer, corpus.bits))
+            if len(pending) > 2 * os.cpu_count():  # only so many texts are in memory at once
+                pending.popleft().result()
+    for shard in pending:
+        shard.result()  # raises what went wrong in its thread
+    return shards
+
+
+SHARD_CHARS = 1 << 21  # characters of text in a shard: what is lost of each thread's work in an interruption
+
+
+def batches(documents):
+    """Lists of documents of about SHARD_CHARS characters together."""
+    batch, size = [], 0
+    for split, text in documents:
+        batch.append((split, text))
+        size += len(text)
+        if size >= SHARD_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encode_shard(path, documents, tokenizer, bits):
+    """Write the tokens of [(split, text), ...], and the bits of those held out, to a file that appears when it is
+    complete. tiktoken leaves Python to the other threads while it works."""
+    arrays = {}
+    for name in ("train", "val"):
+        texts = [text for split, text in documents if split == name]
+        arrays[name] = tokenizer.encode_documents(texts).astype(tokenizer.dtype)
+        arrays[f"{name}_bytes"] = sum(len(text.encode()) for text in texts)
+    arrays["bits"] = math.fsum(map(bits, texts)) if bits else 0.0
+    new = path.with_suffix(".new")
+    with open(new, "wb") as f:
+        np.savez(f, **arrays)
+    fsync(new)
+    os.replace(new, path)
+
+
+def join_shards(shards, split, tokenizer):
+    """Write the split's bin from the shards -> its counts. A document's length counts its end-of-text token."""
+    lengths, num_bytes = [], 0
+    with open(shards[0].with_name(f"{split}.bin"), "wb") as f:
+        for shard in shards:
+            with np.load(shard) as arrays:
+                tokens = arrays[split]
+                num_bytes += int(arrays[f"{split}_bytes"])
+            f.write(tokens.tobytes())
+            lengths.append(np.diff(np.flatnonzero(tokens == tokenizer.eot), prepend=-1).astype(np.int32))
+    lengths = np.concatenate(lengths)
+    median, long = np.quantile(lengths, [0.5, 0.95], method="inverted_cdf")
+    return {
+        "tokens": int(lengths.sum(dtype=np.int64)),
+        "documents": len(lengths),
+        "bytes": num_bytes,
+        "median_document_tokens": int(median),
+        "p95_document_tokens": int(long),
+    }
+
+
+def fingerprint(path, tokenizer):
+    """What tells one prepared set from another: a digest of its token ids and of what they mean."""
+    digest = hashlib.blake2b(tokenizer.dtype.name.encode(), digest_size=16)
+    digest.update(json.dumps(tokenizer.spec["model"], sort_keys=True).encode())
+    for name in ("train.bin", "val.bin"):
+        with open(path / name, "rb") as f:
+            digest.update(hashlib.file_digest(f, hashlib.blake2b).digest())
+    return digest.hexdigest()
+
+
+def report(out, meta):
+    print(f"\n{out}: {meta['tokenizer']} with {meta['vocab_size']:,} tokens, stored as {meta['dtype']}")
+    row = "{:6}{:>14}{:>16}{:>18}{:>14}{:>18}{:>6}"
+    print(row.format("", "documents", "tokens", "bytes", "bytes/token", "median document", "95%"))
+    for name in ("train", "val"):
+        c = meta[name]
+        counts = (f"{c[key]:,}" for key in ("documents", "tokens", "bytes"))
+        lengths = c["median_document_tokens"], c["p95_document_tokens"]
+        print(row.format(name, *counts, f"{c['bytes'] / c['tokens']:.3f}", *lengths))
+    if meta["floor_bits_per_byte"] is not None:
+        print(f"entropy floor of the validation split: {meta['floor_bits_per_byte']:.4f} bits per byte")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what is on the disk stays whole, and what is not ours is left alone
+
+
+def atomic_replace_dir(new, old):
+    """Put the finished directory `new` in the place of `old`. At every moment one of them is there and whole, also
+    after a power cut; intact_dir finds it."""
+    for path in (*new.iterdir(), new):
+        fsync(path)
+    aside = old.with_name(old.name + ".replaced")
+    if old.exists():  # else a crash left it aside, where it stays until the new one is in place
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(old, aside)
+    os.replace(new, old)
+    fsync(old.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def intact_dir(path):
+    """path, or where a crash in the middle of atomic_replace_dir left it."""
+    aside = path.with_name(path.name + ".replaced")
+    return path if path.exists() or not aside.exists() else aside
+
+
+def fsync(path):
+    """Wait until a file, or a directory's list of files, is on the disk."""
+    is_dir = os.path.isdir(path)
+    try:
+        handle = os.open(path, os.O_RDONLY if is_dir else os.O_RDWR)  # Windows syncs only what it may write to
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as e:
+        # Windows opens no directories, and some filesystems can't sync them: what they list is written all the same
+        if not is_dir or e.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):
+            raise
+
+
+def output_directory(cfg, source):
+    """data/<name>, where there is nothing yet or a set from the same source."""
+    path = Path(cfg.dataset)
+    name = cfg.name or (path.resolve().stem if os.path.exists(path) else path.name)
+    plain = name.isprintable() and len(name.encode()) <= 200 and not re.search(r"[/\\]|\.(part|replaced)$", name)
+    if not plain or name in ("", ".", ".."):
+        raise UserError(f"--name={name!r}: give the plain name of a folder in data/, without .part or .replaced")
+    out = DATA / name
+    for suffix in ("", ".part", ".replaced"):
+        check_is_ours(out.with_name(name + suffix), source)
+    if intact_dir(out) != out:
+        os.replace(intact_dir(out), out)
+    return out
+
+
+def check_is_ours(path, source):
+    """Refuse to replace anything but an empty folder or a set, finished or half, that was prepared from this source."""
+    is_dir = path.is_dir() and not path.is_symlink()
+    if not os.path.lexists(path) or (is_dir and not os.listdir(path)):
+        return
+    found, fix = None, "choose another --name, or delete it"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        about = path / ("meta.json" if (path / "meta.json").exists() else "task.json")
+        found = json.loads(about.read_text())["source"]
+    if found is None or not is_dir:
+        raise UserError(f"{path} is there and is not a prepared set: {fix}")
+    if found != source:
+        raise UserError(f"{path} was prepared from {found}, not from {source}: {fix}")
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # tokenizers
@@ -69,11 +295,9 @@ class Tokenizer:
         named = self.config.get("eos_token")
         usual = [named["content"] if isinstance(named, dict) else named]
         usual += [END_OF_TEXT, "<eos>", "</s>", "<|end_of_text|>"]
-        self.eot_token = next((name for name in usual if name in special), None)
-        if self.eot_token is None:
-            raise UserError(
-                f"the tokenizer has no end-of-text token: none of {', '.join(usual[1:])} is in added_tokens"
-            )
+        if not special.keys() & set(usual):
+            raise ValueError(f"no end-of-text token: none of {', '.join(usual[1:])} is in added_tokens")
+        self.eot_token = next(name for name in usual if name in special)
         self.bos_token = next((t for t in ("<bos>", "<s>", "<|begin_of_text|>") if t in special), self.eot_token)
         self.pad_token = "<pad>" if "<pad>" in special else self.eot_token
         self.eot = special[self.eot_token]
@@ -81,15 +305,16 @@ class Tokenizer:
         self.pad = special[self.pad_token]
         self.special_ids = set(special.values())
         # ids that a text can have: a tokenizer may name more special tokens than its models have rows for
-        plain = [t["id"] for t in spec["added_tokens"] if not t["special"]]
-        if len(set(spec["model"]["vocab"].values())) < len(spec["model"]["vocab"]):
-            raise UserError("two tokens of the vocabulary have the same id")
-        self.text_ids = {*spec["model"]["vocab"].values(), *plain} - self.special_ids
+        ids, plain = spec["model"]["vocab"].values(), [t["id"] for t in spec["added_tokens"] if not t["special"]]
+        if len(set(ids)) < len(ids):
+            raise ValueError("two tokens of the vocabulary have the same id")
+        self.text_ids = {*ids, *plain} - self.special_ids
         self.vocab_size = 1 + max(*self.text_ids, self.eot, self.bos)
+        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)  # in the bins
         self.bpe = byte_level_bpe(spec, special)
         if self.bpe is None:
             self.hf = tokenizers.Tokenizer.from_str(json.dumps(spec))
-            self.hf.encode_special_tokens = True
+            self.hf.encode_special_tokens = True  # as plain text
 
     @classmethod
     def load(cls, path):
@@ -97,18 +322,12 @@ class Tokenizer:
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
         beside, chat = path.with_name("tokenizer_config.json"), path.with_name("chat_template.jinja")
-        if not path.exists():
-            raise UserError(f"{path}: no such file")
-        try:
+        with user_errors(f"{path}: not a tokenizer.json that can be used"):
             spec = json.loads(path.read_text(encoding="utf-8"))
             config = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
             if chat.exists():
                 config["chat_template"] = chat.read_text(encoding="utf-8")
             return cls(spec, config)
-        except UserError as e:
-            raise UserError(f"{path}: {e}") from None
-        except Exception as e:  # whatever is odd in it
-            raise UserError(f"{path}: not a tokenizer.json: {type(e).__name__}: {str(e)[:200]}") from None
 
     def save(self, path):
         """Write the files that transformers' AutoTokenizer opens: tokenizer.json and tokenizer_config.json."""
@@ -137,8 +356,8 @@ class Tokenizer:
             # one call for many: what stands between special tokens is encoded by itself, and Python's lock is free
             joined = "".join(text + self.eot_token for text in texts)
             return self.bpe.encode_to_numpy(joined, allowed_special={self.eot_token}, disallowed_special=())
-        end = np.array([self.eot], dtype=np.uint32)
-        return np.concatenate([part for text in texts for part in (self.encode(text), end)])
+        ended = [np.append(self.encode(text), np.uint32(self.eot)) for text in texts]
+        return np.concatenate([np.zeros(0, dtype=np.uint32), *ended])
 
     def decode(self, ids):
         """Token ids -> str, special tokens left out. An incomplete character at the end becomes U+FFFD."""
@@ -207,12 +426,9 @@ def spec_of_tiktoken(encoding):
             parts = [token[i : i + 1] for i in range(len(token))]
             while len(parts) > 2:
                 pairs = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
-                at = min(range(len(pairs)), key=pairs.__getitem__)
-                if pairs[at] >= rank:
-                    break
+                at = pairs.index(min(pairs))
                 parts[at : at + 2] = [parts[at] + parts[at + 1]]
-            assert len(parts) == 2, f"{token}: not a merge of two earlier tokens"
-            merges.append(tuple(printable(part) for part in parts))
+            merges.append(tuple(map(printable, parts)))
     vocab = {printable(token): rank for token, rank in ranks.items()}
     if encoding.name == "gpt2":
         pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -231,8 +447,6 @@ def printable(token):
 
 def train_bpe(texts, vocab_size):
     """Train a byte-level BPE of vocab_size entries, the last of them end-of-text, on an iterator of texts."""
-    if vocab_size < 257:
-        raise UserError(f"--tokenizer=bpe:{vocab_size} is too small: 256 bytes and end-of-text make 257")
     hf = tokenizers.Tokenizer(models.BPE())
     hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -244,123 +458,191 @@ def train_bpe(texts, vocab_size):
 
 
 def make_tokenizer(name, texts):
-    """The tokenizer that --tokenizer names; texts() iterates over the training documents, for bpe:SIZE."""
+    """The tokenizer that --tokenizer names; on texts, an iterator, bpe:SIZE is trained."""
     if name.startswith("bpe:"):
-        if not name[4:].isdigit():
-            raise UserError(f"--tokenizer={name}: the size must be a whole number, as in bpe:4096")
-        return Tokenizer(train_bpe(texts(), int(name[4:])))
+        size = int(name[4:]) if re.fullmatch("[0-9]{1,6}", name[4:]) else 0
+        if size < 257:  # 256 bytes and end-of-text
+            raise UserError(f"--tokenizer={name}: the size must be a whole number from 257 to 999999, as in bpe:4096")
+        texts = tqdm(texts, "training the tokenizer", unit=" documents", mininterval=1, disable=None)
+        return Tokenizer(train_bpe(texts, size))
     path = hub_directory(name, ["tokenizer*", "*.jinja"])
-    if path.exists():
+    if os.path.exists(path):
         return Tokenizer.load(path)
     if name not in tiktoken.list_encoding_names():
         known = ", ".join(tiktoken.list_encoding_names())
         raise UserError(f"--tokenizer={name}: no such file, and tiktoken knows only {known}; or train one: bpe:4096")
-    try:
+    hint = "check the network, set TIKTOKEN_CACHE_DIR, or train your own with --tokenizer=bpe:4096"
+    with user_errors(f"--tokenizer={name}: tiktoken could not download it ({hint})"):
         return Tokenizer(spec_of_tiktoken(tiktoken.get_encoding(name)))
-    except OSError as e:
-        hint = "check the network, set TIKTOKEN_CACHE_DIR, or train your own with --tokenizer=bpe:4096"
-        raise UserError(f"--tokenizer={name}: tiktoken could not download it ({type(e).__name__}): {hint}") from None
 
 
 def hub_directory(name, files=("*.json", "*.safetensors", "*.jinja")):
     """`name` as a path; where nothing lies there and it reads like a Hub id, a download of that repository's files."""
-    path = Path(name)
-    if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
-        return path
+    if os.path.exists(name) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
+        return Path(name)
     from huggingface_hub import errors, snapshot_download
 
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(files)))
-    except errors.GatedRepoError:
-        why = f"gated: accept its terms at https://huggingface.co/{name}, then log in with `hf auth login`"
-    except errors.RepositoryNotFoundError:
-        why = "neither a directory here nor a repository on the Hugging Face Hub (a private one needs `hf auth login`)"
-    except Exception as e:  # the network fails in many ways; each has one line to say
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        why = f"not a directory here, and not to be had from the Hugging Face Hub: {reason}"
-    raise UserError(f"{name}: {why}")
+    with user_errors(f"{name}: not a directory here, and not to be had from the Hugging Face Hub"):
+        try:
+            return Path(snapshot_download(name, allow_patterns=list(files)))
+        except errors.RepositoryNotFoundError as e:
+            why = "neither a directory here nor a repository on the Hub (a private one needs `hf auth login`)"
+            if isinstance(e, errors.GatedRepoError):
+                why = f"gated: accept its terms at https://huggingface.co/{name}, then log in with `hf auth login`"
+            raise UserError(f"{name}: {why}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # corpora
 
+# Bundled corpora, each a module that provides documents(seed, count), an iterator of texts (count 0: its own number);
+# bits(text), -log2 of the probability that it generates this text, or None in place of the function; and TOKENIZER,
+# the value that --tokenizer has by default.
+CORPORA = {"fables": "data.fable_grammar"}
+ON_THE_HUB = {"tinystories": "roneneldan/TinyStories"}  # datasets with a name of their own here
+
 
 def open_corpus(cfg):
-    """The corpus as {"train": f} or {"train": f, "val": g}; each call of f() iterates anew over document texts."""
-    if cfg.dataset == "fables":
-        from data import fable_grammar
-
-        count = cfg.max_documents or 40_000
-        return {"train": lambda: (fable_grammar.tell(f"{cfg.seed}/{i}")[0] for i in range(count))}
-    path = Path(cfg.dataset)
-    if path.exists():
-        files = source_files(path)
-        if not files:
-            raise UserError(f"{path}: no .txt, .jsonl, .json or .parquet file here")
-        held_out = [f for f in files if re.search(r"(^|[-_. ])(val|valid|validation)([-_. ]|$)", f.stem)]
-        if not held_out or len(held_out) == len(files):
-            return {"train": lambda: read_files(files, cfg)}
-        rest = [f for f in files if f not in held_out]
-        return {"train": lambda: read_files(rest, cfg), "val": lambda: read_files(held_out, cfg)}
-    if cfg.dataset.startswith((".", "/")) or path.suffix in (".txt", ".jsonl", ".json", ".parquet"):
-        raise UserError(f"--dataset={cfg.dataset}: no such file or folder")
-    return open_hub("roneneldan/TinyStories" if cfg.dataset == "tinystories" else cfg.dataset, cfg)
-
-
-def load_from_hub(name, flag, subset="", streaming=False):
-    import datasets  # slow to import, and only needed for the Hub, .json and .parquet
-
-    try:
-        return datasets.load_dataset(name, subset or None, streaming=streaming)
-    except Exception as e:  # the Hub fails in many ways; each has one line to say
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise UserError(
-            f"--{flag}={name}: not a file or folder here, and not to be had from the Hugging Face Hub: {reason}"
-        ) from None
-
-
-def open_hub(name, cfg):
-    splits = load_from_hub(name, "dataset", cfg.subset, cfg.streaming)
-    train = splits.get("train") or next(iter(splits.values()))
-    held_out = splits.get("validation")
-    corpus = {"train": lambda: column(train, cfg.text_column, name)}
-    if held_out is not None:
-        corpus["val"] = lambda: column(held_out, cfg.text_column, name)
+    """The documents of --dataset. Where they have no validation split, one is held out."""
+    path, hub_name = Path(cfg.dataset), ON_THE_HUB.get(cfg.dataset, cfg.dataset)
+    if cfg.dataset in CORPORA:
+        module = importlib.import_module(CORPORA[cfg.dataset])
+        texts = partial(module.documents, cfg.seed, cfg.max_documents)
+        corpus = Corpus(cfg.dataset, {"train": texts}, module.TOKENIZER, module.bits)
+    elif os.path.exists(path):
+        corpus = Corpus(str(path.resolve()), open_files(path, cfg))
+    elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", hub_name) and path.suffix not in SUFFIXES:
+        corpus = Corpus(f"{hub_name} {cfg.subset}".strip(), open_hub(hub_name, cfg))
+    else:
+        raise UserError(f"--dataset={cfg.dataset!r}: no such file or folder, and not the name of a dataset")
+    corpus.max_documents = cfg.max_documents or None
+    for split, texts in corpus.splits.items():
+        if not any(map(str.strip, texts())):
+            raise UserError(f"--dataset={cfg.dataset}: no text in it (for the {split} split)")
+    if "val" not in corpus.splits:
+        hold_out(corpus, cfg)
     return corpus
 
 
-def column(rows, name, source):
-    for row in rows:
-        if name not in row:
-            raise UserError(f"{source}: no column {name!r}; --text_column can be one of {', '.join(row)}")
-        if not isinstance(row[name], str):
-            raise UserError(f"{source}: column {name!r} holds {type(row[name]).__name__}, not text")
-        yield row[name]
+def hold_out(corpus, cfg):
+    """Choose the share that is_held_out goes by: val_fraction, or, of few documents, what leaves some on both sides."""
+    if not cfg.val_fraction:
+        raise UserError("--val_fraction=0 holds out nothing, and the dataset has no validation split: raise it")
+    lowest, highest = 1.0, 0.0
+    for _, text in corpus.documents():
+        lowest, highest = min(lowest, text_hash(text)), max(highest, text_hash(text))
+        if lowest < cfg.val_fraction <= highest:
+            break
+    if lowest == highest:  # one document
+        corpus.splits, corpus.bits = split_text(text.encode(), cfg, cfg.dataset), None
+        return
+    corpus.val_fraction = min(max(cfg.val_fraction, math.nextafter(lowest, 1)), highest)
+    if corpus.val_fraction != cfg.val_fraction:
+        print(f"few documents: --val_fraction={corpus.val_fraction:.3f} in place of {cfg.val_fraction} splits them")
+
+
+def text_hash(text):
+    """A number in 0..1 drawn from the text alone, so that neither order nor duplicates can change it."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
+
+
+def is_held_out(text, fraction):
+    """Whether a document belongs to the validation split."""
+    return fraction > 0 and text_hash(text) < fraction
+
+
+PIECE_BYTES = 1 << 14
+
+
+def split_text(text, cfg, path):
+    """The splits of one long text, bytes: pieces of whole paragraphs, the last tenth of them held out, as in nanoGPT.
+
+    A piece stands for a document: small enough for little memory and many threads, with starts enough that a model
+    learns to write after an end-of-text token, where generation begins, and so long that few rows of train.py are
+    cut short by an end. Pieces are not stripped: together they are the text.
+    """
+    cuts, size = [0], min(PIECE_BYTES, max(1, len(text) // 20))
+    while cuts[-1] < len(text):
+        cuts.append(end_of_piece(text, cuts[-1], size))
+    fraction = 0.1 if cfg.val_fraction == PrepareConfig.val_fraction else cfg.val_fraction
+    first = len(cuts) - 1 - max(1, round(fraction * (len(cuts) - 1)))
+    if first < 1:
+        raise UserError(f"{path}: one text of {len(text)} bytes, too short to hold out {fraction} of it")
+    share = f"{1 - cuts[first] / len(text):.1%}"
+    print(f"{path}: one text without separators, cut into {len(cuts) - 1} pieces; held out are its last {share}")
+    return {"train": partial(pieces, text, cuts[: first + 1], path), "val": partial(pieces, text, cuts[first:], path)}
+
+
+def end_of_piece(text, start, size):
+    """Where a piece of UTF-8 ends: after the last blank line, else line, else space in its second half."""
+    end = min(start + size, len(text))
+    for mark in (b"\n\n", b"\n\r\n", b"\n", b" ") if end < len(text) else ():
+        if (found := text.rfind(mark, start + size // 2, end)) >= 0:
+            return found + len(mark)
+    while end < len(text) and text[end] & 0xC0 == 0x80:  # inside a character
+        end += 1
+    return end
+
+
+def pieces(text, cuts, path):
+    for start, end in itertools.pairwise(cuts):
+        yield decode(text, start, end, path)
+
+
+def open_files(path, cfg):
+    files = source_files(path)
+    if not files:
+        raise UserError(f"{path}: no {', '.join(SUFFIXES)} file here")
+    if len(files) == 1 and files[0].suffix == ".txt" and cfg.val_fraction:
+        text = map_file(files[0])
+        if text and text.find(os.fsencode(cfg.separator)) < 0:
+            return split_text(text, cfg, path)
+    held_out = [f for f in files if re.search(r"(^|[-_. ])(val|valid|validation)([-_. ]|$)", f.stem)]
+    if not held_out or len(held_out) == len(files):
+        return {"train": partial(read_files, files, cfg)}
+    rest = [f for f in files if f not in held_out]
+    return {"train": partial(read_files, rest, cfg), "val": partial(read_files, held_out, cfg)}
+
+
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+
+
+def source_files(path):
+    """The files of a local corpus."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [f for f in files if f.suffix in SUFFIXES and os.path.isfile(f)]
 
 
 def read_files(files, cfg):
     for path in files:
         if path.suffix == ".txt":
-            yield from read_txt(path, cfg.separator.encode())
-            continue
-        yield from column(read_rows(path), cfg.text_column, path)
+            yield from read_txt(path, os.fsencode(cfg.separator))
+        else:
+            yield from column(read_rows(path), cfg.text_column, path)
 
 
 def read_txt(path, separator):
     """The documents of a text file, one at a time, so that its size does not matter."""
-    rest, start = b"", 0
+    text, start = map_file(path), 0
+    while start < len(text):
+        end = text.find(separator, start)
+        end = len(text) if end < 0 else end
+        if document := decode(text, start, end, path).strip():
+            yield document
+        start = end + len(separator)
+
+
+def map_file(path):
+    """A file's bytes, read when they are looked at."""
     with open(path, "rb") as f:
-        while True:
-            block = f.read(1 << 20)
-            *documents, rest = (rest + block).split(separator) if block else [rest, b""]
-            for document in documents:
-                try:
-                    yield document.decode("utf-8")
-                except UnicodeDecodeError as e:
-                    raise UserError(f"{path}: not UTF-8 at byte {start + e.start}; convert it, as with iconv") from None
-                start += len(document) + len(separator)
-            if not block:
-                return
+        return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(path) else b""
+
+
+def decode(text, start, end, path):
+    try:
+        return text[start:end].decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 at byte {start + e.start}; convert it, as with iconv") from None
 
 
 def read_rows(path):
@@ -369,254 +651,34 @@ def read_rows(path):
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, its exceptions say again
     kind = "parquet" if path.suffix == ".parquet" else "json"
-    try:
+    with user_errors(f"{path}: not readable as {kind}, or empty"):
         yield from datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
-    except (datasets.exceptions.DatasetGenerationError, ValueError, TypeError, KeyError, OSError, StopIteration) as e:
-        reason = str(e).splitlines()[0][:200] if str(e) else "no record in it"
-        raise UserError(f"{path}: not readable as {kind}: {reason}") from None
 
 
-def is_held_out(text, fraction):
-    """Whether a document belongs to the validation split. Its text alone decides, so neither order nor duplicates
-    can move it across."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+def column(rows, name, source):
+    """The texts in a column of rows, as read_rows or the Hub gives them."""
+    with user_errors(f"{source}: no further row can be read"):
+        for row in rows:
+            if not isinstance(row.get(name), str):
+                kinds = ", ".join(f"{key} ({type(value).__name__})" for key, value in row.items())
+                raise UserError(f"{source}: no text in a column {name!r}; choose --text_column from {kinds}")
+            if text := row[name].strip():
+                yield text
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# writing
+def open_hub(name, cfg):
+    splits = load_from_hub(name, "dataset", cfg.subset, cfg.streaming)
+    train = splits.get("train") or next(iter(splits.values()))
+    found = {"train": train, "val": splits.get("validation")}
+    return {k: partial(column, rows, cfg.text_column, name) for k, rows in found.items() if rows is not None}
 
 
-class Split:
-    """One split in the making: a bin that grows, and what is counted on the way. state: of one that was cut off."""
+def load_from_hub(name, flag, subset="", streaming=False):
+    """The splits of a dataset on the Hub. flag: the setting that names it."""
+    import datasets  # slow to import, and only needed for the Hub, .json and .parquet
 
-    def __init__(self, path, dtype, state=None):
-        self.file, self.dtype = open(path, "r+b" if state else "wb"), dtype
-        self.bytes = 0
-        self.lengths = np.zeros(0, dtype=np.int64)  # how many documents have 0, 1, 2, ... tokens
-        if state:
-            self.file.truncate(state["size"])
-            self.file.seek(state["size"])
-            self.bytes, (lengths, counts) = state["bytes"], state["lengths"]
-            self.lengths = np.bincount(lengths, counts).astype(np.int64)
-
-    def state(self):
-        """What is needed to go on from here, all of it on the disk."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        lengths = np.flatnonzero(self.lengths)
-        return {
-            "size": self.file.tell(),
-            "bytes": self.bytes,
-            "lengths": [lengths.tolist(), self.lengths[lengths].tolist()],
-        }
-
-    def add(self, tokens, lengths, num_bytes):
-        self.file.write(tokens.astype(self.dtype).tobytes())
-        self.bytes += num_bytes
-        counts = np.bincount(lengths, minlength=len(self.lengths))
-        counts[: len(self.lengths)] += self.lengths
-        self.lengths = counts
-
-    def close(self):
-        """The counts of the finished bin. A document's length here counts its end-of-text token."""
-        self.file.close()
-        documents = int(self.lengths.sum())
-        tokens = int(self.lengths @ np.arange(len(self.lengths)))
-        median, long = (int(np.searchsorted(self.lengths.cumsum(), q * documents)) for q in (0.5, 0.95))
-        return {
-            "tokens": tokens,
-            "documents": documents,
-            "bytes": self.bytes,
-            "median_document_tokens": median,
-            "p95_document_tokens": long,
-        }
-
-
-def batches(texts, num_bytes=1 << 19):
-    """Lists of texts of about num_bytes together."""
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= num_bytes:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def encode(tokenizer, texts):
-    """Texts -> (tokens of all of them, each ended, as one array; their lengths in tokens; their bytes)."""
-    tokens = tokenizer.encode_documents(texts)
-    lengths = np.diff(np.flatnonzero(tokens == tokenizer.eot), prepend=-1)
-    return tokens, lengths, sum(len(text.encode()) for text in texts)
-
-
-def map_in_order(function, jobs, num_threads):
-    """Results of function(*job) in the jobs' order. Few jobs are under way at once, so memory stays small however many
-    there are."""
-    pending = deque()
-    with ThreadPoolExecutor(num_threads) as pool:
-        for job in jobs:
-            pending.append(pool.submit(function, *job))
-            if len(pending) > 2 * num_threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
-def swap_in(new, old):
-    """Put the finished directory `new` in the place of `old`. At every moment one of them is there and whole, also
-    after a power cut."""
-    for path in (*new.iterdir(), new):
-        flush(path)
-    aside = old.with_name(old.name + ".replaced")
-    if old.exists():  # else a crash left it aside, where it stays until the new one is in place
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(old, aside)
-    os.replace(new, old)
-    flush(old.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-atomic_replace_dir = swap_in
-
-
-def intact_dir(path):
-    aside = path.with_name(path.name + ".replaced")
-    return path if path.exists() or not aside.exists() else aside
-
-
-def flush(path):
-    """Wait until a file, or a directory's list of files, is on the disk."""
-    with contextlib.suppress(PermissionError):  # Windows opens no directories
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def main(cfg):
-    is_fables = cfg.dataset == "fables"
-    path = Path(cfg.dataset)
-    out = DATA / (cfg.name or (path.resolve().stem if path.exists() else path.name))
-    corpus = open_corpus(cfg)
-
-    def documents(split):
-        texts = itertools.islice(corpus[split](), cfg.max_documents or None)
-        return filter(None, map(str.strip, texts))
-
-    def split_of(text, split):
-        """The documents of "train" are shared out where the dataset has no "val" of its own."""
-        return "val" if "val" not in corpus and is_held_out(text, cfg.val_fraction) else split
-
-    def training_texts():
-        progress = tqdm(documents("train"), "training the tokenizer", unit=" documents", mininterval=1, disable=None)
-        return (text for text in progress if split_of(text, "train") == "train")
-
-    tokenizer_name = cfg.tokenizer or ("bpe:2048" if is_fables else "gpt2")
-    part = out.with_name(out.name + ".part")  # nothing reads this name, so half a dataset is never taken for one
-    task = asdict(cfg) | {"files": [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in source_files(path)]}
-    progress = read_progress(part, task)
-    if progress:
-        tokenizer = Tokenizer.load(part)
-        print(f"{part}: going on after {progress['batches']} batches of texts")
-    else:
-        tokenizer = make_tokenizer(tokenizer_name, training_texts)
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        tokenizer.save(part)
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    states = progress.get("splits", {})
-    splits = {name: Split(part / f"{name}.bin", dtype, states.get(name)) for name in ("train", "val")}
-    floor_bits, done = progress.get("floor_bits", 0.0), progress.get("batches", 0)
-
-    def encode_batch(split, texts):
-        """Runs in a thread: tiktoken leaves Python to the others while it works."""
-        shares = {name: [text for text in texts if split_of(text, split) == name] for name in splits}
-        encoded = {name: encode(tokenizer, share) for name, share in shares.items() if share}
-        return encoded, fable_bits(shares["val"]) if is_fables else 0.0
-
-    jobs = ((name, texts) for name in corpus for texts in batches(documents(name)))
-    with tqdm(desc="tokenizing", unit="B", unit_scale=True, mininterval=1, disable=None) as bar:
-        for encoded, bits in map_in_order(encode_batch, itertools.islice(jobs, done, None), os.cpu_count()):
-            floor_bits += bits
-            for name, (tokens, lengths, num_bytes) in encoded.items():
-                splits[name].add(tokens, lengths, num_bytes)
-                bar.update(num_bytes)
-            done += 1
-            if done % PROGRESS_EVERY == 0:
-                states = {name: split.state() for name, split in splits.items()}
-                write_progress(part, {"task": task, "batches": done, "floor_bits": floor_bits, "splits": states})
-
-    counts = {name: split.close() for name, split in splits.items()}
-    if not counts["train"]["tokens"]:
-        raise UserError(f"--dataset={cfg.dataset}: no text in it")
-    if not counts["val"]["tokens"]:
-        n = counts["train"]["documents"]
-        raise UserError(f"--val_fraction={cfg.val_fraction} left none of {n} documents for validation: raise it")
-    meta = {
-        "source": cfg.dataset,
-        "tokenizer": tokenizer_name,
-        "vocab_size": tokenizer.vocab_size,
-        "dtype": dtype.name,
-        "train": counts["train"],
-        "val": counts["val"],
-        "floor_bits_per_byte": floor_bits / counts["val"]["bytes"] if is_fables else None,
-    }
-    (part / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-    (part / "progress.json").unlink(missing_ok=True)
-    swap_in(part, out)
-    report(out, meta)
-
-
-PROGRESS_EVERY = 64  # batches of half a megabyte between two notes of how far a preparation has come
-
-
-def write_progress(part, progress):
-    (part / "progress.json.new").write_text(json.dumps(progress))
-    os.replace(part / "progress.json.new", part / "progress.json")
-
-
-def read_progress(part, task):
-    """How far the same preparation had come when it was cut off; {} where there is none."""
-    try:
-        progress = json.loads((part / "progress.json").read_text())
-        return progress if progress["task"] == json.loads(json.dumps(task)) else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def source_files(path):
-    """The files of a local corpus."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [f for f in files if f.suffix in (".txt", ".jsonl", ".json", ".parquet") and f.exists()]
-
-
-def fable_bits(texts):
-    """-log2 of the probability with which the grammar tells these fables, summed."""
-    from data import fable_grammar
-
-    bits = 0.0
-    for text in texts:
-        ((information, _),) = fable_grammar.derivations(text)  # exactly one, or the floor would be wrong
-        bits += information
-    return bits
-
-
-def report(out, meta):
-    print(f"\n{out}: {meta['tokenizer']} with {meta['vocab_size']:,} tokens, stored as {meta['dtype']}")
-    row = "{:6}{:>14}{:>16}{:>18}{:>14}{:>18}{:>6}"
-    print(row.format("", "documents", "tokens", "bytes", "bytes/token", "median document", "95%"))
-    for name in ("train", "val"):
-        c = meta[name]
-        counts = (f"{c[key]:,}" for key in ("documents", "tokens", "bytes"))
-        lengths = c["median_document_tokens"], c["p95_document_tokens"]
-        print(row.format(name, *counts, f"{c['bytes'] / c['tokens']:.3f}", *lengths))
-    if meta["floor_bits_per_byte"] is not None:
-        print(f"entropy floor of the validation split: {meta['floor_bits_per_byte']:.4f} bits per byte")
+    with user_errors(f"--{flag}={name}: not a file or folder here, and not to be had from the Hugging Face Hub"):
+        return datasets.load_dataset(name, subset or None, streaming=streaming)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ what its hero does ({does} in other rules), its text, and after `>` its lessons.
 {rule} a rule, {slot} a word drawn once from its pool and the same ever after, {a slot} the word after its article, and
 a capital letter ({A slot}, {Slot}) makes one in the text.
 
+    documents(seed, count), bits(text)      # what prepare.py asks of a bundled corpus
     conversation(seed, task)                # an instruction, then questions, about a fable, with their answers
     follows(turn, answer)                   # whether an answer does what is asked
 """
@@ -184,6 +185,20 @@ def derivations(text):
             else:
                 branches.append((at, bits, {**slots, slot: option}, todo))
     return found
+
+
+TOKENIZER = "bpe:2048"
+
+
+def documents(seed, count):
+    """An iterator of fables, 40,000 where count is 0."""
+    return (tell(f"{seed}/{i}")[0] for i in range(count or 40_000))
+
+
+def bits(text):
+    """-log2 of the probability with which the grammar tells this fable."""
+    ((information, _),) = derivations(text)  # exactly one, or the entropy floor would be wrong
+    return information
 
 
 def is_held_out(kind, plot):

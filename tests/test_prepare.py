@@ -1,33 +1,30 @@
+"""prepare.py: tokenizers against tiktoken and transformers, corpora of every kind, and what must never be lost."""
+
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
+import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiktoken
 import tokenizers
-from conftest import fails, publish_gemma, run_script
+from conftest import SHARED, publish_gemma, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import prepare
-from prepare import (
-    END_OF_TEXT,
-    TEMPLATES,
-    Tokenizer,
-    chat_template,
-    encode,
-    encode_conversation,
-    is_held_out,
-    spec_of_tiktoken,
-    train_bpe,
-)
+from config import UserError
+from prepare import END_OF_TEXT, Tokenizer, is_held_out, spec_of_tiktoken, train_bpe
 
 STORY = "Once upon a time, there was a fox. It said: 'I'll go!'\n\nÜber naïve café 12345 Ω \t a  — 你好 🦊"
 
@@ -129,48 +126,35 @@ def random_texts(count, seed=0):
         yield "".join(rng.choice(odd) if rng.random() < 0.1 else chr(c) for c in codes if not 0xD800 <= c < 0xE000)
 
 
-@pytest.mark.parametrize("template", list(TEMPLATES))
-@pytest.mark.parametrize("kind", ["byte-level", "gemma"])
-def test_the_chat_template_renders_as_training_does(gemma, tmp_path, template, kind):
-    tokenizer = Tokenizer.load(gemma) if kind == "gemma" else trained(300)
-    official = tokenizer.config.get("chat_template")
-    tokenizer.config["chat_template"] = chat_template(tokenizer, template)
-    tokenizer.save(tmp_path)
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    said = [("Who is it? ", "A fox."), ("\nAnd who\n\nelse?", "A crow, <b>I</b> think."), ("Where?", "Here.")]
-    messages = [{"role": "system", "content": "You are an owl."}]
-    turns = []
-    for asked, answered in said:
-        messages.append({"role": "user", "content": asked})
-        turns.append((asked if turns else f"You are an owl.\n\n{asked}", "", None))
-        ids = encode_conversation(tokenizer, turns, template)[0]
-        rendered = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        assert rendered == ids, theirs.decode(rendered)
-        if official and template == "gemma":
-            merged = [{"role": "user", "content": turns[0][0]}, *messages[2:]]  # the official way with system messages
-            assert ids == theirs.apply_chat_template(
-                merged, chat_template=official, add_generation_prompt=True, return_dict=False
-            )
-        messages.append({"role": "assistant", "content": answered})
-        turns[-1] = (*turns[-1][:2], answered)
-
-
-def test_a_tokenizer_from_the_hub(project, hub, gemma):
+def test_tokenizers_of_the_hub(project, hub, gemma):
     hub["google/gemma-3-270m-it"], hub["google/gated"] = gemma, None
-    (project / "stories.txt").write_text(f"\n{END_OF_TEXT}\n".join(STORIES), encoding="utf-8")
-    path, meta = prepared(project, "--dataset=stories.txt", "--tokenizer=google/gemma-3-270m-it")
-    assert documents_of(path, meta, "train") and meta["vocab_size"] == Tokenizer.load(gemma).vocab_size
-    assert "accept its terms" in fails(project, "prepare.py", "--dataset=stories.txt", "--tokenizer=google/gated")
-    assert "neither" in fails(project, "prepare.py", "--dataset=stories.txt", "--tokenizer=google/none")
+    (project / "names.py").write_text(
+        "import config, prepare\nfor name in ('gemma-3-270m-it', 'gated', 'none'):\n    try:\n"
+        "        print(prepare.make_tokenizer('google/' + name, None).vocab_size)\n"
+        "    except config.UserError as e:\n        print(e)\n"
+    )
+    size, gated, unknown = run_script(project, "names.py").stdout.splitlines()
+    assert int(size) == Tokenizer.load(gemma).vocab_size
+    assert "accept its terms" in gated and "neither" in unknown
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # corpora and bins
 
 
-def prepared(project, *args):
-    run_script(project, "prepare.py", *args)
-    (path,) = (p.parent for p in (project / "data").glob("*/meta.json"))
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder to stand in, with a data/ of its own."""
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "DATA", tmp_path / "data")
+    return tmp_path
+
+
+def prepared(**settings):
+    """prepare.py in this process -> (path, meta) of what it made."""
+    prepare.main(prepare.PrepareConfig(**{"tokenizer": "bpe:300", **settings}))
+    path = prepare.DATA / (settings.get("name") or Path(settings["dataset"]).stem)
     return path, json.loads((path / "meta.json").read_text())
 
 
@@ -180,47 +164,50 @@ def documents_of(path, meta, split):
     tokens = np.fromfile(path / f"{split}.bin", dtype=meta["dtype"])
     assert tokens[-1] == tokenizer.eot
     parts = np.split(tokens, np.flatnonzero(tokens == tokenizer.eot) + 1)[:-1]
-    assert len(tokens) == meta[split]["tokens"]
+    assert len(tokens) == meta[split]["tokens"] and len(parts) == meta[split]["documents"]
     return [tokenizer.decode(part[:-1]) for part in parts]
 
 
 STORIES = [f"Story number {i}: the {w} ran. Ünïcode {'x' * (i % 40)}." for i in range(300) for w in ("fox", "crow")]
 
 
-def write_corpus(path, kind):
-    if kind == "txt":
-        path.write_text(f"\n{END_OF_TEXT}\n".join(STORIES) + f"\n{END_OF_TEXT}\n  \n", encoding="utf-8")
-    elif kind == "jsonl":
-        path.write_text("".join(json.dumps({"id": i, "text": s}) + "\n" for i, s in enumerate(STORIES)))
-    elif kind == "json":
-        path.write_text(json.dumps([{"text": s} for s in STORIES]))
+def write_corpus(path, texts=STORIES):
+    if path.suffix == ".txt":
+        path.write_text(f"\n{END_OF_TEXT}\n".join(texts) + f"\n{END_OF_TEXT}\n  \n", encoding="utf-8")
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"id": i, "text": s}) + "\n" for i, s in enumerate(texts)))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps([{"text": s} for s in texts]))
     else:
         import pyarrow
         import pyarrow.parquet
 
-        pyarrow.parquet.write_table(pyarrow.table({"text": STORIES}), path)
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "json", "parquet"])
-def test_every_kind_of_file(project, kind):
-    write_corpus(project / f"c.{kind}", kind)
-    path, meta = prepared(project, f"--dataset=c.{kind}", "--tokenizer=bpe:300", "--val_fraction=0.2")
+def test_every_kind_of_file(here, kind):
+    write_corpus(here / f"c.{kind}")
+    path, meta = prepared(dataset=f"c.{kind}", val_fraction=0.2)
     train, val = documents_of(path, meta, "train"), documents_of(path, meta, "val")
     assert sorted(train + val) == sorted(STORIES)
     assert val == [s for s in STORIES if is_held_out(s, 0.2)] and 80 < len(val) < 160
     for split, texts in (("train", train), ("val", val)):
-        assert meta[split]["documents"] == len(texts)
         assert meta[split]["bytes"] == sum(len(t.encode()) for t in texts)
     lengths = [len(Tokenizer.load(path).encode(t)) + 1 for t in train]
-    assert abs(meta["train"]["median_document_tokens"] - np.median(lengths)) <= 1
+    for key, q in (("median_document_tokens", 0.5), ("p95_document_tokens", 0.95)):
+        assert abs(meta["train"][key] - np.quantile(lengths, q)) <= 1
+    assert meta["source"] == str(here / f"c.{kind}") and {f.name for f in path.iterdir()} == set(FILES)
 
 
-def test_a_folder_with_a_validation_file(project):
-    (project / "c").mkdir()
-    write_corpus(project / "c" / "tiny-train.jsonl", "jsonl")
-    (project / "c" / "tiny-valid.txt").write_text(f"one{END_OF_TEXT}two")
-    path, meta = prepared(project, "--dataset=c", "--tokenizer=bpe:300", "--name=mine")
-    assert path.name == "mine"
+FILES = ["train.bin", "val.bin", "meta.json", "tokenizer.json", "tokenizer_config.json"]
+
+
+def test_a_folder_with_a_validation_file(here):
+    (here / "c").mkdir()
+    write_corpus(here / "c" / "tiny-train.jsonl")
+    (here / "c" / "tiny-valid.txt").write_text(f"one{END_OF_TEXT}two")
+    path, meta = prepared(dataset="c", name="mine")
     assert documents_of(path, meta, "val") == ["one", "two"]
     assert documents_of(path, meta, "train") == STORIES
 
@@ -232,75 +219,311 @@ def test_held_out_documents_depend_on_their_text_alone():
     assert not any(is_held_out(s, 0.0) for s in STORIES)
 
 
-def test_large_vocabularies_are_stored_as_uint32(project):
-    hf = {"<eos>": 70_000} | {prepare.BYTE_TO_CHAR[b]: b for b in range(256)}
-    spec = prepare.tokenizer_spec({k: v for k, v in hf.items() if v < 256}, [], prepare.pre_tokenizers.ByteLevel(), {})
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    spec["added_tokens"] = [{"id": 70_000, "content": "<eos>", **flags}]
-    (project / "big.json").write_text(json.dumps(spec))
-    write_corpus(project / "c.txt", "txt")
-    path, meta = prepared(project, "--dataset=c.txt", "--tokenizer=big.json")
-    assert meta["dtype"] == "uint32"
+def test_large_vocabularies_are_stored_as_uint32(here):
+    """Not byte-level BPE by tiktoken's rules, either: the documents run through `tokenizers`."""
+    vocab = {char: byte for byte, char in prepare.BYTE_TO_CHAR.items()}
+    spec = prepare.tokenizer_spec(vocab, [], prepare.pre_tokenizers.ByteLevel(), {"<eos>": 70_000})
+    (here / "big.json").write_text(json.dumps(spec))
+    write_corpus(here / "c.txt")
+    path, meta = prepared(dataset="c.txt", tokenizer="big.json")
+    assert meta["dtype"] == "uint32" and Tokenizer.load(path).bpe is None
     assert np.fromfile(path / "val.bin", dtype=np.uint32)[-1] == 70_000
 
 
-def test_order_does_not_depend_on_threads():
+def test_documents_encoded_together_are_encoded_one_by_one():
     tokenizer = trained()
-    tokens, lengths, num_bytes = encode(tokenizer, STORIES)
-    expected = [i for s in STORIES for i in [*tokenizer.encode(s), tokenizer.eot]]
-    assert tokens.tolist() == expected and lengths.sum() == len(expected)
-    assert num_bytes == sum(len(s.encode()) for s in STORIES)
+    for texts in (STORIES, [*STORIES, f"an {END_OF_TEXT} in a text"]):
+        expected = [i for text in texts for i in [*tokenizer.encode(text), tokenizer.eot]]
+        assert tokenizer.encode_documents(texts).tolist() == expected
 
 
-def test_fables_have_a_floor(project):
-    path, meta = prepared(project, "--dataset=fables", "--max_documents=300", "--val_fraction=0.1")
+def test_fables_have_a_floor(here):
     from data import fable_grammar
 
+    path, meta = prepared(dataset="fables", tokenizer="", max_documents=300, val_fraction=0.1)
     val = documents_of(path, meta, "val")
     bits = sum(fable_grammar.derivations(text)[0][0] for text in val)
     assert meta["floor_bits_per_byte"] == pytest.approx(bits / sum(len(t.encode()) for t in val))
-    assert meta["train"]["documents"] + len(val) == 300
+    assert meta["train"]["documents"] + len(val) == 300 and meta["tokenizer"] == "bpe:2048"
+    assert documents_of(path, meta, "train")[0] in (fable_grammar.tell("0/0")[0], fable_grammar.tell("0/1")[0])
 
 
-def test_tinystories_table(project, tinystories):
-    result = run_script(project, "prepare.py", f"--dataset={tinystories}", "--tokenizer=bpe:1024")
-    assert "1,727" in result.stdout or re.search(r"train +1,7\d\d", result.stdout)
+@pytest.mark.parametrize("bits", [None, lambda text: 10.0])
+def test_another_bundled_corpus_is_one_module(here, monkeypatch, bits):
+    numbers = types.ModuleType("numbers_corpus")
+    numbers.documents = lambda seed, count: (f"{seed + i} and {seed * i}" for i in range(count or 500))
+    numbers.bits, numbers.TOKENIZER = bits, "bpe:270"
+    monkeypatch.setitem(sys.modules, "numbers_corpus", numbers)
+    monkeypatch.setitem(prepare.CORPORA, "numbers", "numbers_corpus")
+    path, meta = prepared(dataset="numbers", tokenizer="", seed=7, val_fraction=0.1)
+    val = documents_of(path, meta, "val")
+    assert len(val) + meta["train"]["documents"] == 500 and "7 and 0" in val + documents_of(path, meta, "train")
+    assert meta["tokenizer"] == "bpe:270" and (meta["floor_bits_per_byte"] is None) == (bits is None)
+    if bits:
+        assert meta["floor_bits_per_byte"] == pytest.approx(10 * len(val) / sum(map(len, val)))
+
+
+def test_tinystories_table(here, tinystories, capsys):
+    prepared(dataset=str(tinystories), tokenizer="bpe:1024")
+    row = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("train "))
+    assert row[1:2] == ["1,710"] and row[3] == "1,384,017"
+
+
+def test_the_fingerprint_tells_sets_apart(here):
+    write_corpus(here / "c.txt")
+    seen = [prepared(dataset="c.txt", **how)[1]["fingerprint"] for how in ({}, {}, {"val_fraction": 0.02})]
+    seen += [prepared(dataset="c.txt", tokenizer="bpe:299")[1]["fingerprint"]]
+    write_corpus(here / "c.txt", [*STORIES[:-1], "Another end."])
+    seen += [prepared(dataset="c.txt")[1]["fingerprint"]]
+    assert seen[0] == seen[1] and len(set(seen)) == 4 and len(bytes.fromhex(seen[0])) == 16
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# one long text, and few documents
+
+
+def whole_text(path, meta):
+    train, val = documents_of(path, meta, "train"), documents_of(path, meta, "val")
+    return train, val, "".join(train + val)
+
+
+def test_tiny_shakespeare(here, capsys):
+    """The first thing a nanoGPT user tries: one text without separators. Its last tenth is held out."""
+    file = SHARED / "data" / "tinyshakespeare.txt"
+    if not file.exists():
+        pytest.skip(f"{file} is not here")
+    train, val, text = whole_text(*prepared(dataset=str(file), tokenizer="bpe:512"))
+    assert text == file.read_text()
+    assert 0.09 < sum(map(len, val)) / len(text) < 0.11
+    assert all(piece.endswith("\n\n") for piece in [*train, *val[:-1]]) and max(map(len, train)) <= prepare.PIECE_BYTES
+    assert "one text without separators" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "name, content, args, message",
+    "text",
     [
-        ("c.txt", b"fine\xff\xfe", [], "not UTF-8 at byte 4"),
-        ("c.txt", b"a" * 40 + b"<|endoftext|>ok\xff", [], "not UTF-8 at byte 55"),
-        ("c.txt", b"", [], "no text in it"),
-        ("c.jsonl", b'{"story": "x"}\n', [], "no column 'text'; --text_column can be one of story"),
-        ("c.jsonl", b'{"text": 3}\n', [], "holds int, not text"),
-        ("c.json", b"[1, 2", [], "not readable as json"),
-        ("c.parquet", b"nonsense", [], "not readable as parquet"),
-        ("c.txt", b"one", ["--tokenizer=bpe:12"], "too small"),
-        ("c.txt", b"one", ["--tokenizer=bpe:x"], "whole number"),
-        ("c.txt", b"one", ["--tokenizer=gpt5"], "tiktoken knows only"),
-        ("c.txt", b"one", ["--tokenizer=c.txt"], "not a tokenizer.json"),
-        ("c.txt", b"one", ["--val_fraction=0"], "raise it"),
-        ("c.txt", b"one", ["--val_fraction=2"], "between 0 and 0.999"),
-        ("c.txt", b"one", ["--separator="], "separator is empty"),
-        ("c.txt", b"one", ["--dataset=nowhere.txt"], "no such file"),
-        ("c.txt", b"one", ["--dataset=nobody/nothing"], "not to be had from the Hugging Face Hub"),
+        "word " * 20_000,
+        "ß" * 50_000,
+        "line\n" * 9000,
+        "a\r\n\r\nb\r\n\r\n" * 4000,
+        "one",
+        "éé",
+        "One.\n\nTwo.\n\nThree.",
     ],
 )
-def test_mistakes_end_in_one_line_and_leave_nothing(project, name, content, args, message):
-    (project / name).write_bytes(content)
-    assert message in fails(project, "prepare.py", f"--dataset={name}", "--tokenizer=bpe:300", *args)
-    assert not list((project / "data").glob("*/meta.json"))
+def test_any_plain_text_can_be_split(here, text):
+    (here / "c.txt").write_text(text, newline="")
+    assert whole_text(*prepared(dataset="c.txt", val_fraction=0.25))[2] == text
 
 
-def test_an_interrupted_prepare_keeps_the_old_dataset(project):
-    write_corpus(project / "c.txt", "txt")
-    path, meta = prepared(project, "--dataset=c.txt", "--tokenizer=bpe:300")
-    (project / "c.txt").write_bytes(b"good text<|endoftext|>" * 9 + b"\xff")
-    fails(project, "prepare.py", "--dataset=c.txt", "--tokenizer=bpe:300")
+def test_one_record_is_one_text(here):
+    write_corpus(here / "c.jsonl", [" ".join(STORIES)])
+    train, val, text = whole_text(*prepared(dataset="c.jsonl"))
+    assert text == " ".join(STORIES) and val and all(piece.endswith(" ") for piece in train)
+
+
+def test_separators_mean_what_they_look_like(here):
+    (here / "c.txt").write_text("\n\n".join(STORIES))
+    path, meta = prepared(dataset="c.txt", separator=r"\n\n")
+    assert sorted(documents_of(path, meta, "train") + documents_of(path, meta, "val")) == sorted(STORIES)
+
+
+@pytest.mark.parametrize("fraction", [0.0001, 0.999])
+def test_few_documents_are_split_all_the_same(here, capsys, fraction):
+    """Five documents, none (or all) of which the fraction would hold out: their texts decide, not their order."""
+    write_corpus(here / "c.txt", STORIES[:5])
+    path, meta = prepared(dataset="c.txt", val_fraction=fraction)
+    val = documents_of(path, meta, "val")
+    assert len(val) == (1 if fraction < 0.5 else 4) and "few documents" in capsys.readouterr().out
+    write_corpus(here / "c.txt", STORIES[4::-1])
+    assert sorted(documents_of(*prepared(dataset="c.txt", val_fraction=fraction), "val")) == sorted(val)
+
+
+def test_reading_takes_time_in_proportion_to_the_size(here):
+    """A file without separators was once searched from its beginning for every block that was read."""
+    seconds = []
+    for megabytes in (16, 96):
+        (here / "c.txt").write_bytes(b"abcdefg " * (megabytes << 17))
+        started = time.process_time()
+        assert len(list(prepare.read_txt(here / "c.txt", b"<|endoftext|>"))) == 1
+        seconds.append(time.process_time() - started)
+    assert seconds[1] < 3 * 6 * seconds[0], seconds
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# mistakes, and what must not be lost
+
+
+@pytest.mark.parametrize(
+    "name, content, settings, message",
+    [
+        ("c.txt", b"fine\xff text", {}, "not UTF-8 at byte 4"),
+        ("c.txt", b"a" * 40 + b"<|endoftext|>ok\xff", {}, "not UTF-8 at byte 55"),
+        ("c.txt", b"", {}, "no text in it"),
+        ("c.txt", b" \n<|endoftext|>\n ", {}, "no text in it"),
+        ("c.txt", b" \n\n ", {}, "no text in it"),
+        ("c.txt", b"a", {}, "too short to hold out 0.1 of it"),
+        ("c.jsonl", b"", {}, "not readable as json, or empty"),
+        ("c.jsonl", b'{"story": "x"}\n', {}, "no text in a column 'text'; choose --text_column from story (str)"),
+        ("c.jsonl", b'{"text": 3}\n', {}, "text (int)"),
+        ("c.json", b"[1, 2", {}, "not readable as json"),
+        ("c.parquet", b"nonsense", {}, "not readable as parquet"),
+        ("c.txt", b"one text", {"tokenizer": "bpe:12"}, "whole number from 257"),
+        ("c.txt", b"one text", {"tokenizer": "bpe:x"}, "whole number from 257"),
+        ("c.txt", b"one text", {"tokenizer": "bpe:\u00b2"}, "whole number from 257"),
+        ("c.txt", b"one text", {"tokenizer": "bpe:" + "9" * 40}, "whole number from 257"),
+        ("c.txt", b"one text", {"tokenizer": "gpt5"}, "tiktoken knows only"),
+        ("c.txt", b"one text", {"tokenizer": "c.txt"}, "not a tokenizer.json"),
+        ("c.txt", b"one text", {"val_fraction": 0.0}, "raise it"),
+        ("c.txt", b"one text", {"val_fraction": 2.0}, "between 0 and 0.999"),
+        ("c.txt", b"one text", {"separator": ""}, "separator is empty"),
+        ("c.txt", b"one text", {"dataset": ""}, "dataset is empty"),
+        ("c.txt", b"one text", {"dataset": "nowhere.txt"}, "no such file"),
+        ("c.txt", b"one text", {"dataset": "/no/such/path"}, "no such file"),
+        ("c.txt", b"one text", {"dataset": "no/such/path"}, "no such file"),
+        ("c.txt", b"one text", {"dataset": "a**"}, "no such file"),
+        ("c.txt", b"one text", {"dataset": "a\0b"}, "no such file"),
+        ("c.txt", b"one text", {"dataset": "data"}, "no .txt, .jsonl, .json, .parquet file here"),
+        ("c.txt", b"one text", {"dataset": "nobody/nothing"}, "not to be had from the Hugging Face Hub"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_leave_nothing(here, name, content, settings, message):
+    (here / name).write_bytes(content)
+    with pytest.raises((UserError, ValueError)) as error:  # a dataclass's own ValueError becomes a line in config.py
+        prepared(**{"dataset": name, **settings})
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not os.listdir(here / "data")
+
+
+def test_an_exception_without_a_text_is_one_line_too(monkeypatch):
+    import datasets
+
+    def fails(*args, **settings):
+        raise ConnectionError
+
+    monkeypatch.setattr(datasets, "load_dataset", fails)
+    with pytest.raises(UserError, match=r"nobody/nothing.*ConnectionError"):
+        prepare.load_from_hub("nobody/nothing", "dataset")
+
+
+def snapshot(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    "name", [".", "..", "a/b", "../photos", "{here}/photos", "a\\b", "a\0b", "a\nb", "x" * 300, "c.part", "c.replaced"]
+)
+def test_a_name_is_one_plain_name(here, name):
+    """--name=/home/me/photos deleted that folder, and --name=. the grammar."""
+    write_corpus(here / "c.txt")
+    for folder in (here / "photos", here / "data", here / "data" / "a"):
+        folder.mkdir(exist_ok=True)
+        (folder / "1.jpg").write_text("a photo")
+    before = snapshot(here)
+    with pytest.raises(UserError, match="plain name"):
+        prepared(dataset="c.txt", name=name.format(here=here))
+    assert snapshot(here) == before
+
+
+@pytest.mark.parametrize("where", ["c", "c.part", "c.replaced"])
+@pytest.mark.parametrize("content", ["photos", "file", "link", "source"])
+def test_what_is_not_a_set_of_this_source_is_not_replaced(here, where, content):
+    write_corpus(here / "c.txt")
+    path, fix = here / "data" / where, "choose another --name"
+    if content == "photos":
+        path.mkdir()
+        (path / "1.jpg").write_text("a photo")
+    elif content == "file":
+        path.write_text("a text")
+    elif content == "link":
+        (here / "elsewhere").mkdir()
+        path.symlink_to(here / "elsewhere")
+    else:
+        (here / "other").mkdir()
+        shutil.copy("c.txt", here / "other" / "c.txt")
+        os.rename(prepared(dataset="other/c.txt")[0], path)
+        fix = f"was prepared from {here / 'other' / 'c.txt'}, not from {here / 'c.txt'}: {fix}"
+    before = snapshot(here)
+    with pytest.raises(UserError) as error:
+        prepared(dataset="c.txt")
+    assert fix in str(error.value) and str(path) in str(error.value)
+    assert snapshot(here) == before
+    prepared(dataset="c.txt", name="mine")
+
+
+def test_a_set_of_the_same_source_and_an_empty_folder_are_replaced(here):
+    write_corpus(here / "c.txt")
+    for folder in ("c", "c.part", "c.replaced"):
+        (here / "data" / folder).mkdir()
+    prepared(dataset="c.txt")
+    write_corpus(here / "c.txt", STORIES[:50])
+    path, meta = prepared(dataset="c.txt")
+    assert meta["train"]["documents"] + meta["val"]["documents"] == 50 and os.listdir(here / "data") == ["c"]
+    assert set(os.listdir(path)) == set(FILES)
+
+
+def test_an_interrupted_prepare_keeps_the_old_dataset(here):
+    write_corpus(here / "c.txt")
+    path, meta = prepared(dataset="c.txt")
+    (here / "c.txt").write_bytes(b"good text<|endoftext|>" * 9 + b"\xff")
+    with pytest.raises(UserError):
+        prepared(dataset="c.txt")
     assert json.loads((path / "meta.json").read_text()) == meta
     assert sorted(documents_of(path, meta, "train") + documents_of(path, meta, "val")) == sorted(STORIES)
+
+
+def test_a_crash_between_two_renames_is_mended(here, monkeypatch):
+    """The old set lay in data/c.replaced for ever. Even a preparation that fails puts it back."""
+    write_corpus(here / "c.txt")
+    path, meta = prepared(dataset="c.txt")
+    replace = os.replace
+
+    def dies(old, new):
+        if new == path:
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", dies)
+        prepared(dataset="c.txt", val_fraction=0.5)
+    assert not path.exists() and prepare.intact_dir(path) == here / "data" / "c.replaced"
+    with pytest.raises(UserError):
+        prepared(dataset="c.txt", tokenizer="bpe:1")
+    assert prepare.intact_dir(path) == path and json.loads((path / "meta.json").read_text()) == meta
+    assert prepared(dataset="c.txt", val_fraction=0.5)[1] != meta and os.listdir(here / "data") == ["c"]
+
+
+def test_files_are_synced_as_windows_demands(tmp_path, monkeypatch):
+    """There fsync needs a handle that may write, and directories can't be opened."""
+    fsync, open_ = os.fsync, os.open
+
+    def strict_open(path, flags, *args):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return open_(path, flags, *args)
+
+    def strict_fsync(handle):
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "open", strict_open)
+    monkeypatch.setattr(os, "fsync", strict_fsync)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "file").write_text("text")
+    prepare.atomic_replace_dir(tmp_path / "new", tmp_path / "old")
+    assert (tmp_path / "old" / "file").read_text() == "text"
+
+
+@pytest.mark.parametrize("number, lost", [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_a_filesystem_that_can_not_sync_directories_loses_no_save(tmp_path, monkeypatch, number, lost):
+    def fsync(handle):
+        if os.path.isdir(f"/proc/self/fd/{handle}") or number == errno.EIO:
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError) if lost else contextlib.nullcontext():
+        prepare.fsync(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -308,42 +531,46 @@ def test_an_interrupted_prepare_keeps_the_old_dataset(project):
 
 
 def bins(folder):
-    return [(folder / name).read_bytes() for name in ("train.bin", "val.bin", "meta.json", "tokenizer.json")]
+    return [(folder / name).read_bytes() for name in FILES]
 
 
-@pytest.mark.parametrize("batches", [1, 3, 6])
-def test_a_preparation_that_was_cut_off_goes_on(project, batches):
-    """Killed between two notes of its progress, some tokens further on: the result is that of an undisturbed one."""
-    with open(project / "long.txt", "w") as f:
-        f.writelines(f"Story {i}. {f'The cat sat on mat {i % 97}. ' * 40}\n<|endoftext|>\n" for i in range(5000))
-    flags = ["--dataset=long.txt", "--tokenizer=bpe:300", "--val_fraction=0.1"]
-    run_script(project, "prepare.py", *flags)
-    whole = bins(project / "data" / "long")
-    shutil.rmtree(project / "data" / "long")
-    (project / "dies.py").write_text(
-        "import os, sys, prepare\nfrom config import run\nprepare.PROGRESS_EVERY = 2\n"
-        f"add, calls = prepare.Split.add, []\n"
-        f"def dies(self, *args):\n    calls.append(1)\n    add(self, *args)\n    self.file.flush()\n"
-        f"    if len(calls) > {2 * batches + 1}: os._exit(9)\n"
-        "prepare.Split.add = dies\nrun(prepare.main, prepare.PrepareConfig)\n"
-    )
-    assert run_script(project, "dies.py", *flags, ok=False).returncode == 9
-    assert not (project / "data" / "long").exists()
-    printed = run_script(project, "prepare.py", *flags).stdout
-    assert ("going on after" in printed) == (batches > 1)
-    assert bins(project / "data" / "long") == whole
-    assert not list((project / "data").glob("*.part"))
+def test_a_preparation_that_was_cut_off_goes_on(here, monkeypatch, capsys):
+    """Killed after some shards, in any order: they are kept, the rest is made, and the result is as undisturbed."""
+    write_corpus(here / "c.txt", [f"Story {i}. {f'The cat sat on mat {i % 97}. ' * 40}" for i in range(400)])
+    how = {"dataset": "c.txt", "val_fraction": 0.1}
+    whole = bins(prepared(**how)[0])
+    shutil.rmtree(here / "data" / "c")
+    monkeypatch.setattr(prepare, "SHARD_CHARS", 20_000)
+    encode_shard, made = prepare.encode_shard, []
+
+    def dies(path, *args):
+        if "3" in path.name:
+            raise KeyboardInterrupt
+        encode_shard(path, *args)
+
+    def counts(path, *args):
+        made.append(path.name)
+        encode_shard(path, *args)
+
+    monkeypatch.setattr(prepare, "encode_shard", dies)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(**how)
+    kept = {path.name for path in (here / "data" / "c.part").glob("*.npz")}
+    assert "shard-000002.npz" in kept and not (here / "data" / "c").exists()
+    monkeypatch.setattr(prepare, "encode_shard", counts)
+    assert bins(prepared(**how)[0]) == whole
+    assert f"going on after {len(kept)} shards" in capsys.readouterr().out
+    assert "shard-000003.npz" in made and not kept & set(made) and os.listdir(here / "data") == ["c"]
 
 
-def test_a_preparation_of_something_else_begins_anew(project):
-    (project / "a.txt").write_text("".join(f"Number {i}.\n<|endoftext|>\n" for i in range(50)))
-    part = project / "data" / "a.part"
-    part.mkdir()
-    (part / "progress.json").write_text('{"task": {}, "batches": 3, "floor_bits": 0, "splits": {}}')
-    assert (
-        "going on"
-        not in run_script(project, "prepare.py", "--dataset=a.txt", "--tokenizer=bpe:270", "--val_fraction=0.5").stdout
-    )
+def test_a_preparation_with_other_settings_begins_anew(here, capsys):
+    write_corpus(here / "c.txt")
+    prepared(dataset="c.txt")
+    os.rename(here / "data" / "c", here / "data" / "c.part")
+    (here / "data" / "c.part" / "shard-000000.npz").write_bytes(b"of other settings")
+    (here / "data" / "c.part" / "task.json").write_text("{}")
+    assert sum(map(len, documents_of(*prepared(dataset="c.txt"), "train"))) > 1000
+    assert "going on" not in capsys.readouterr().out
 
 
 def write_shards(folder, count, size):
@@ -360,27 +587,30 @@ def write_shards(folder, count, size):
         pq.write_table(pa.table({"text": texts}), folder / name, compression="none", row_group_size=100)
 
 
-def test_streaming_gives_the_same_documents(project):
+def test_streaming_gives_the_same_documents(here):
     """A Hub dataset is read as a folder of shards in its layout: `datasets` treats both alike."""
-    write_shards(project / "shards", 3, 50_000)
+    write_shards(here / "shards", 3, 50_000)
     both = []
     for streaming in (False, True):
-        cfg = prepare.PrepareConfig(streaming=streaming)
-        corpus = prepare.open_hub(str(project / "shards"), cfg)
-        both.append({split: list(texts()) for split, texts in corpus.items()})
+        splits = prepare.open_hub("shards", prepare.PrepareConfig(streaming=streaming))
+        both.append({split: list(texts()) for split, texts in splits.items()})
     assert both[0] == both[1] and len(both[0]["train"]) == 8
 
 
 @pytest.mark.slow
-def test_shards_larger_than_the_memory_allowed(project):
-    """0.7 GB of shards, 0.63 GB of memory. Allocators that reserve more than they use are told not to."""
+@pytest.mark.parametrize("dataset", ["shards", "long.txt"])
+def test_text_larger_than_the_memory_allowed(project, dataset):
+    """0.7 GB of shards or one text, 0.63 GB of memory. Allocators that reserve more than they use are told not to."""
     import resource
 
     write_shards(project / "shards", 14, 50_000_000)
-    size = sum(p.stat().st_size for p in (project / "shards").iterdir())
+    if dataset == "long.txt":
+        with open(project / dataset, "w") as f:
+            for path in sorted((project / "shards").iterdir()):
+                f.writelines(row["text"] + "\n" for row in prepare.read_rows(path))
     limit = 600 << 20
-    assert size > limit
-    flags = ["--dataset=shards", "--tokenizer=bpe:1000", "--streaming=True"]
+    assert sum(p.stat().st_size for p in (project / "shards").iterdir()) > limit
+    flags = [f"--dataset={dataset}", "--tokenizer=bpe:1000", "--streaming=True"]
     result = subprocess.run(
         [sys.executable, "prepare.py", *flags, "--name=limited"], cwd=project, capture_output=True, text=True,
         env=os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1",
@@ -388,6 +618,6 @@ def test_shards_larger_than_the_memory_allowed(project):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    run_script(project, "prepare.py", "--dataset=shards", "--tokenizer=bpe:1000", "--name=free", timeout=600)
+    run_script(project, "prepare.py", f"--dataset={dataset}", "--tokenizer=bpe:1000", "--name=free", timeout=600)
     limited, free = (bins(project / "data" / name) for name in ("limited", "free"))
     assert limited == free
