@@ -241,7 +241,7 @@ class Gemma(nn.Module):
             elif name.endswith("norm.weight"):
                 p.fill_(embedded - 1 if "post_" in name else 0.0)
             else:
-                raise NotImplementedError(f"init_weights knows no start for {name} {list(p.shape)}: add one")
+                raise ValueError(f"init_weights knows no start for {name} {list(p.shape)}: add one")
         return self
 
     @property
@@ -254,12 +254,13 @@ class Gemma(nn.Module):
         return NumParams(total, embedding, total - embedding)
 
     def flops_per_token(self, T):
-        """Training FLOPs (forward and backward) per token at sequence length T: 6 per weight in a matrix product, and
-        12 * H * D per token attended to, counting the full length or window as PaLM (appendix B) and nanoGPT do."""
-        c = self.config
-        matrices = sum(p.numel() for p in self.parameters() if p.ndim > 1)  # the embedding counts as the head
+        """Training FLOPs (forward and backward) per token at sequence length T: 6 per weight in a matrix product, 4 if
+        it is frozen, and 12 * H * D per token attended to, counting the full length or window as PaLM (appendix B) and
+        nanoGPT do."""
+        c = self.config  # the embedding counts as the head
+        matrices = sum((6 if p.requires_grad else 4) * p.numel() for p in self.parameters() if p.ndim > 1)
         attended = sum(min(T, c.sliding_window) if kind == SLIDING else T for kind in c.layer_types)
-        return 6 * matrices + 12 * c.num_attention_heads * c.head_dim * attended
+        return matrices + 12 * c.num_attention_heads * c.head_dim * attended
 
     @torch.no_grad()
     def generate(
@@ -295,6 +296,8 @@ class Gemma(nn.Module):
                 penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
                 logits = torch.where(seen, penalized, logits)
             token = sample_token(logits, temperature, top_k, top_p, min_p, generator)
+            if torch.distributed.is_initialized():  # processes that went on with different tokens would wait forever
+                torch.distributed.broadcast(token, 0)
             reading = position < lengths  # its own prompt
             if position < T:
                 token = torch.where(reading, prompt[:, position], token)
@@ -330,9 +333,9 @@ class Gemma(nn.Module):
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=torch.float32, dropout=0.0):
         """Open a model directory in the Hugging Face format: ours, or a published Gemma 3, in one file or in shards.
-        Of a multimodal model it takes the text part. Raises ValueError for a missing, unexpected or misshapen tensor,
-        OSError for a missing file."""
-        path = Path(path)
+        Of a multimodal model it takes the text part. On the "meta" device it has shapes, but no weights. Raises
+        ValueError for a missing, unexpected or misshapen tensor, OSError for a missing file."""
+        path, device = Path(path), torch.device(device)
         with torch.device("meta"):  # no memory, no random numbers: the files bring both
             model = cls(read_config(path), dropout)
         wanted = {name: tuple(w.shape) for name, w in model.state_dict().items()}
@@ -345,8 +348,9 @@ class Gemma(nn.Module):
         for name in wanted | shapes:  # before any is read, of whatever size
             there, asked = (d.get(name, "no such tensor") for d in (shapes, wanted))
             require(there == asked, f"{name}: the files have {there}, the config asks for {asked}")
-        weights = {ours: read_tensor(file, name, device).to(dtype) for ours, (file, name) in found.items()}
-        model.load_state_dict(weights, assign=True)
+        if device.type != "meta":
+            weights = {ours: read_tensor(file, name, device).to(dtype) for ours, (file, name) in found.items()}
+            model.load_state_dict(weights, assign=True)
         return model.requires_grad_(True)
 
     def save_pretrained(self, path, weights=None):

@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from config import NO_LIMIT, Failure, UserError, check_range, first_line, run, user_errors
-from model import Gemma, GemmaConfig, tensor_shapes
+from model import Gemma, GemmaConfig, complete, read_json, tensor_shapes
 from prepare import DATA, Tokenizer, atomic_replace_dir, hub_directory, intact_dir
 
 
@@ -455,10 +455,9 @@ class Pretraining:
     def sample(self):
         """A short story, the same draw at every evaluation."""
         tokenizer, text = self.dataset.tokenizer, self.data_cfg.sample_prompt
-        ids = [tokenizer.bos, *map(int, tokenizer.encode(text))]
-        prompt, stops = torch.tensor([ids], device=self.model.device), [tokenizer.eot]
-        made = self.model.generate(prompt, self.cfg.sample_tokens, 0.8, stop_ids=stops, seed=self.cfg.seed)
-        return text + tokenizer.decode([token.item() for token in made])
+        prompt, how = [tokenizer.bos, *tokenizer.encode(text).tolist()], {"stop_ids": [tokenizer.eot]}
+        how |= {"temperature": 0.8, "seed": self.cfg.seed}
+        return text + complete(self.model, tokenizer, [prompt], self.cfg.sample_tokens, **how)[0]
 
     def save_model(self, path, weights):
         self.model.save_pretrained(path, weights)
@@ -734,7 +733,7 @@ def open_dataset(name):
             print(f"dataset: {path}")
     tokenizer = Tokenizer.load(path)
     with user_errors(f"{path / 'meta.json'} does not describe what is here, prepare it again"):
-        meta = json.loads((path / "meta.json").read_text())
+        meta = read_json(path / "meta.json")
         if meta["vocab_size"] != tokenizer.vocab_size:
             raise ValueError(f"vocab_size {meta['vocab_size']}, tokenizer.json has {tokenizer.vocab_size}")
         if meta["dtype"] not in ("uint16", "uint32"):

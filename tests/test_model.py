@@ -403,7 +403,7 @@ def test_generation_ends_at_the_last_position():
 def test_a_parameter_that_init_weights_does_not_know_is_refused():
     model = Gemma(small())
     model.model.layers[0].value_scale = torch.nn.Parameter(torch.ones(3))
-    with pytest.raises(NotImplementedError, match=r"layers\.0\.value_scale \[3\]"):
+    with pytest.raises(ValueError, match=r"layers\.0\.value_scale \[3\]"):
         model.init_weights(0)
 
 
