@@ -6,22 +6,33 @@ Instruction-tune a Gemma 3 with LoRA, or all of it (--rank=0). The loop is train
     python sample.py --adapter=out/lora-fables/best --instruct="Tell a fable about a cat named Pim who eats too much."
 
 LoRA (Hu et al. 2021) replaces a linear layer W by W + scale * B A, with A (rank, in) and B (out, rank) alone trained. B
-starts at zero, so training starts from the model as it was. Adapters are saved in PEFT's format and open in PEFT.
+starts at zero, so training starts from the model as it was. Adapters are saved in PEFT's format and open in PEFT. In a
+loop of one's own:
+
+    model = add_lora(Gemma.from_pretrained("out/fables/best"), rank=8)    # train what requires a gradient, then
+    save_adapter(model, "out/mine")                                       # and later
+    model = merge_lora(load_adapter(Gemma.from_pretrained("out/fables/best"), "out/mine"))
 """
 
+import functools
+import hashlib
+import importlib
+import itertools
 import json
 import math
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from safetensors.torch import save_file
 
-from config import NO_LIMIT, UserError, check_range, run
+from config import NO_LIMIT, UserError, check_range, run, user_errors
+from model import read_tensor, tensor_shapes, weight_files
 from prepare import Tokenizer, hub_directory, is_held_out, load_from_hub, read_rows
 from train import (
     PretrainConfig,
@@ -45,6 +56,63 @@ from train import (
     whole_checkpoint,
 )
 
+
+@dataclass
+class LoraConfig:
+    """What instruction tuning alone needs."""
+
+    data: str = "fables"  # fables, alpaca, dolly, a Hub id, or a .json, .jsonl or .parquet file of records
+    template: str = ""  # what stands around an instruction: alpaca, short or gemma; empty: the model's own, or alpaca
+    rank: int = 8  # of the adapters; 0: train all weights instead
+    alpha: float = 16.0  # adapters count alpha / rank
+    targets: str = "all-linear"  # which linear layers, as q_proj,v_proj
+    rslora: bool = False  # adapters count alpha / sqrt(rank) instead
+    lora_dropout: float = 0.0  # on the adapters' input
+    epochs: float = 0.0  # over the records; 0: 3, or as many as make 100 updates
+    max_records: int = 0  # use so many records; 0: all (fables: 12,000)
+    max_length: int = 512  # tokens of prompt and response; longer prompts lose their beginning
+    max_tokens_per_batch: int = 4096  # padding included; records of like length share a batch
+    batch_size: int = 0  # records per batch at most; 0: a hundredth of them, at least 4, if the tokens allow
+    val_fraction: float = 0.05  # share of the records held out; of few records more, to have about 8
+    num_checked: int = 1200  # held-out fable instructions answered and checked, before and after
+    forgetting: str = ""  # a prepared dataset to measure bits per byte on, before and after, as fables
+    forgetting_block_size: int = 512  # in rows of so many tokens; best those that the model was trained on
+    num_samples: int = 4  # answers shown before and after
+    top_k: int = 5  # for those answers
+    merge: bool = False  # at the end also save the best adapter merged into its model, to out_dir/merged
+
+    def __post_init__(self):
+        if self.template and self.template not in FORMATS:
+            raise ValueError(f"template={self.template!r} must be one of {', '.join(FORMATS)}")
+        check_range(self, 0, NO_LIMIT, "rank", "batch_size", "max_records", "num_checked", "num_samples", "top_k")
+        check_range(self, 2, NO_LIMIT, "max_length")
+        check_range(self, self.max_length, NO_LIMIT, "max_tokens_per_batch")
+        check_range(self, 1, NO_LIMIT, "forgetting_block_size")
+        check_range(self, 1e-6, 1e6, "alpha")
+        check_range(self, 0, 1e6, "epochs")
+        check_range(self, 1e-6, 0.999, "val_fraction")
+        check_range(self, 0, 0.99, "lora_dropout")
+
+
+@dataclass
+class TuneConfig(TrainConfig):
+    """What every run of the loop needs, with defaults for tuning."""
+
+    out_dir: str = ""  # where checkpoints and logs go; by default out/lora-<data>
+    init_from: str = ""  # the model to tune, a directory or a Hub id of a Gemma 3; or resume (out_dir/last)
+    max_iters: int = 0  # updates; 0: as many as epochs makes
+    optimizer: str = "adamw"  # adamw or muon
+    learning_rate: float = 0.0  # the peak; 0: 0.5 / hidden_size for adapters, a tenth of that for all weights
+    warmup_iters: float = 0.05  # updates of linear warmup; below 1: that share of all
+    cooldown_frac: float = 0.8  # share of max_iters in which decay=linear comes down
+    eval_interval: int = 0  # updates between evaluations, each with a checkpoint and a sample; 0: an epoch
+    compile: bool = False  # torch.compile the model: slow to start, as batches come in many shapes
+
+    def __post_init__(self):
+        open_settings = {"learning_rate": self.learning_rate or 1.0, "eval_interval": self.eval_interval or 1}
+        TrainConfig(**(asdict(self) | open_settings))  # for its checks
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # LoRA itself
 
@@ -52,13 +120,14 @@ from train import (
 class LoRALinear(nn.Module):
     """A frozen linear layer with a low-rank addition: base(x) + scale * B(A(dropout(x)))."""
 
-    def __init__(self, base, rank, scale, dropout):
+    def __init__(self, base, rank, alpha, dropout=0.0, rslora=False):
         super().__init__()
         self.base_layer = base
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=base.weight.device)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=base.weight.device)
-        self.scale = scale
         self.dropout = nn.Dropout(dropout)
+        self.rank, self.alpha, self.rslora = rank, alpha, rslora
+        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # as PEFT does
         nn.init.zeros_(self.lora_B.weight)  # so that at first nothing changes
 
@@ -67,41 +136,23 @@ class LoRALinear(nn.Module):
         return base + self.lora_B(self.lora_A(self.dropout(x))) * self.scale
 
 
-def lora_layers(model):
-    """(name, layer) of every LoRALinear in the model."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear)]
-
-
-def set_module(model, name, module):
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
-def add_lora(model, rank, alpha, dropout=0.0, targets="all-linear", rslora=False):
+def add_lora(model, rank=8, alpha=16, dropout=0.0, targets="all-linear", rslora=False):
     """Put a LoRALinear around the targeted nn.Linear modules, in place, and freeze everything else.
 
     targets: "all-linear" or module names, as "q_proj,v_proj". The scale is alpha / rank, or alpha / sqrt(rank) with
     rslora (Kalajdzievski 2023). Raises ValueError for a target that matches nothing."""
+    if lora_layers(model):
+        raise ValueError("the model has an adapter already: merge_lora(model) first")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     kinds = {name.rpartition(".")[2] for name in linears}
     wanted = kinds if targets == "all-linear" else {target.strip() for target in targets.split(",")}
-    if missing := wanted - kinds:
-        raise ValueError(
-            f"LoRA targets {', '.join(sorted(missing))} match nothing; there are {', '.join(sorted(kinds))}"
-        )
+    if missing := sorted(wanted - kinds):
+        raise ValueError(f"LoRA targets {', '.join(missing)} match nothing; there are {', '.join(sorted(kinds))}")
     model.requires_grad_(False)
-    scale = alpha / (math.sqrt(rank) if rslora else rank)
     for name, linear in linears.items():
         if name.rpartition(".")[2] in wanted:
-            set_module(model, name, LoRALinear(linear, rank, scale, dropout))
+            set_module(model, name, LoRALinear(linear, rank, alpha, dropout, rslora))
     return model
-
-
-def keep_base_in(model, dtype):
-    """Keep the frozen layers' weights in the dtype that autocast multiplies them in: the same products, half the memory
-    in bfloat16, and no cast at every step. What a merge reads is the file's."""
-    for _, layer in lora_layers(model):
-        layer.base_layer.to(dtype)
 
 
 @torch.no_grad()
@@ -115,196 +166,155 @@ def merge_lora(model):
     return model
 
 
-def save_adapter(model, path, settings, weights=None):
-    """Write adapter_config.json and adapter_model.safetensors as PEFT does. settings: base_model, rank, alpha, dropout,
-    rslora. weights: a state dict to write in place of the model's own."""
-    layers, weights = lora_layers(model), weights or model.state_dict()
-    about = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(settings["base_model"]),
-        "r": settings["rank"],
-        "lora_alpha": settings["alpha"],
-        "lora_dropout": settings["dropout"],
-        "use_rslora": settings["rslora"],
-        "target_modules": sorted({name.rpartition(".")[2] for name, _ in layers}),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n")
-    tensors = {
-        f"base_model.model.{name}.{part}.weight": weights[f"{name}.{part}.weight"].detach().contiguous()
-        for name, _ in layers
-        for part in ("lora_A", "lora_B")
-    }
-    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+def lora_layers(model):
+    """(name, layer) of every LoRALinear in the model."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear)]
 
 
-def load_adapter(model, path, dropout=None):
-    """Put the adapter of a PEFT directory into a plain model, in place. Raises ValueError where it does not fit."""
-    path = Path(path)
-    about = json.loads((path / "adapter_config.json").read_text())
-    unknown = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if about.get(key)]
-    if about.get("peft_type") != "LORA" or unknown:
-        raise ValueError(f"{path}: only plain LoRA adapters can be read, not {unknown or about.get('peft_type')}")
-    targets = about["target_modules"]
-    targets = targets if isinstance(targets, str) else ",".join(targets)
-    dropout = about.get("lora_dropout", 0.0) if dropout is None else dropout
-    try:
-        weights = load_file(path / "adapter_model.safetensors")
-    except SafetensorError as e:
-        raise ValueError(f"{path / 'adapter_model.safetensors'}: {e}") from None
-    if odd := [name for name, w in weights.items() if "lora_A" in name and list(w.shape[:1]) != [about["r"]]]:
-        raise ValueError(f"{path}: {odd[0]} is not of rank {about['r']}")
-    add_lora(model, about["r"], about["lora_alpha"], dropout, targets, about.get("use_rslora", False))
-    expected = {
-        f"base_model.model.{name}.{part}.weight": getattr(layer, part).weight
-        for name, layer in lora_layers(model)
-        for part in ("lora_A", "lora_B")
-    }
-    if odd := sorted(set(weights) ^ set(expected)):
-        raise ValueError(f"{path}: the adapter and the model do not fit: {odd[0]} and {len(odd) - 1} more")
-    with torch.no_grad():
-        for name, weight in expected.items():
-            if weight.shape != weights[name].shape:
-                raise ValueError(
-                    f"{path}: {name} is {tuple(weights[name].shape)}, the model needs {tuple(weight.shape)}"
-                )
-            weight.copy_(weights[name])
-    return model
+def set_module(model, name, module):
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# instruction records
+# instruction data: conversations are lists of messages, dicts of role ("user" or "assistant") and content; a user's
+# message may have an input, the text that its content is about
 
-# what a turn looks like, with and without an input
-TEMPLATES = {
-    "alpaca": {
-        "with_input": "Below is an instruction that describes a task, paired with an input that provides further "
-        "context. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n{response}",
-        "without": "Below is an instruction that describes a task. Write a response that appropriately completes the "
-        "request.\n\n### Instruction:\n{instruction}\n\n### Response:\n{response}",
-    },
-    "short": {
-        "with_input": "Input: {input}\nInstruction: {instruction}\nResponse: {response}",
-        "without": "Instruction: {instruction}\nResponse: {response}",
-    },
-    "gemma": {
-        "with_input": "<start_of_turn>user\n{instruction}\n\n{input}<end_of_turn>\n<start_of_turn>model\n{response}",
-        "without": "<start_of_turn>user\n{instruction}<end_of_turn>\n<start_of_turn>model\n{response}",
-    },
-}
+# what a user asks, after what a system message before it says
+ASKED = (
+    "{% if not loop.first and loop.previtem.role == 'system' %}{{ loop.previtem.content | trim + '\\n\\n' }}{% endif %}"
+    "{{ m.content | trim }}"
+)
+# instruction formats, as the chat templates (Jinja) that transformers, vLLM and llama.cpp read too. A response ends with
+# the special token that stands right after it; where none does, with end-of-text
+FORMATS = {
+    "alpaca": "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'assistant' %}{{ m.content }}{{ eos_token }}"
+    "{% elif m.role == 'user' %}Below is an instruction that describes a task"
+    "{% if m.input %}, paired with an input that provides further context{% endif %}"
+    ". Write a response that appropriately completes the request.\n\n### Instruction:\n" + ASKED +
+    "{% if m.input %}{{ '\\n\\n' }}### Input:\n{{ m.input | trim }}{% endif %}{{ '\\n\\n' }}### Response:\n"
+    "{% endif %}{% endfor %}",
+    "short": "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
+    "{% elif m.role == 'user' %}{% if m.input %}Input: {{ m.input | trim }}\n{% endif %}"
+    "Instruction: " + ASKED + "{{ '\\n' }}Response:"
+    "{% endif %}{% endfor %}",
+    "gemma": "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'assistant' %}<start_of_turn>model\n{{ m.content }}<end_of_turn>\n"
+    "{% elif m.role == 'user' %}<start_of_turn>user\n" + ASKED +
+    "{% if m.input %}{{ '\\n\\n' + m.input | trim }}{% endif %}<end_of_turn>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+}  # fmt: skip
 
 
-def split_template(template, kind):
-    """[(what stands before a field, "" or the space right before it, the field's name), ...]. Such a space is encoded
-    with the field's text: most tokenizers have words with the space before them."""
-    return re.findall(r"([^{]*?)( ?){(\w+)}", TEMPLATES[template][kind])
-
-
-def encode_conversation(tokenizer, turns, template):
+def encode_conversation(tokenizer, messages, template):
     """Token ids of a conversation, and for each whether it belongs to a response, its end included.
 
-    turns: [(instruction, input, response), ...]; a response of None is still to come. Training and sampling both go
-    through here, so their prompts can't differ."""
-    ids, is_response = [tokenizer.bos], [False]
-
-    def add(text, markers=False, response=False):
-        ids.extend(map(int, tokenizer.encode(text, markers)))
-        is_response.extend([response] * (len(ids) - len(is_response)))
-
-    end = end_of_response(tokenizer, template)
-    for i, (instruction, context, response) in enumerate(turns):
-        if i and end != tokenizer.eot:  # Gemma's turns stand on lines of their own
-            add("\n")
-        texts = {"instruction": instruction.strip(), "input": context.strip(), "response": response}
-        for before, space, field in split_template(template, "with_input" if context else "without"):
-            add(before, markers=True)
-            if texts[field]:
-                add(space + texts[field], response=field == "response")
-        if response is not None:
-            ids.append(end)
-            is_response.append(True)
-    return ids, is_response
-
-
-def template_of(path, tokenizer):
-    """The template that the model or adapter in a directory was instructed with; None for a plain model."""
-    ours, published = path / "instruct.json", path / "generation_config.json"
-    try:
-        template = json.loads(ours.read_text())["template"] if ours.exists() else None
-        stops = json.loads(published.read_text()).get("eos_token_id") if published.exists() else None
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{path}: {ours.name} or {published.name} is damaged: {type(e).__name__}: {e}") from None
-    if template in TEMPLATES:
-        return template
-    if template is not None:
-        raise UserError(f"{ours}: no such template as {template!r}, known are {', '.join(TEMPLATES)}")
-    end = end_of_response(tokenizer, "gemma")
-    # a published model that has learned to take turns stops at the end of one too
-    return "gemma" if isinstance(stops, list) and end in stops and end != tokenizer.eot else None
+    template: one of FORMATS, or any chat template. Where the last message is a user's, the ids are a prompt for the
+    response. Training and sampling both go through here, so their prompts can't differ. Contents are encoded by
+    themselves: the name of a special token in one is text."""
+    template = FORMATS.get(template, template)
+    texts, marked = [], []  # the contents, and the messages with a mark in place of each
+    for message in messages:
+        is_response = message["role"] == "assistant"
+        marks = {}
+        for key in ("content", "input"):
+            text = message.get(key) or ""
+            if text or key == "content":
+                marks[key] = f"\0{len(texts)}\0"
+                texts.append((text if is_response else text.strip(), is_response))
+        if template not in FORMATS.values():  # others know no input
+            marks = {"content": "\n\n".join(marks.values())}
+        marked.append({"role": message["role"], **marks})
+    # own text, a space or none, a content's number, own text, ...
+    pieces = re.split(r"( ?)\0(\d+)\0", render(template, marked, tokenizer))
+    if sorted(map(int, pieces[2::3])) != list(range(len(texts))):
+        raise UserError("this chat template leaves out or repeats what was said: choose another format by --template")
+    parts, is_response = [([tokenizer.bos], False)], False
+    for i in range(0, len(pieces), 3):
+        own = tokenizer.encode(pieces[i], markers=True).tolist()
+        if is_response:  # its end is learned too
+            ends = own and own[0] in tokenizer.special_ids
+            parts.append(([own.pop(0) if ends else tokenizer.eot], True))
+        if i + 1 == len(pieces):
+            parts.append(([] if is_response else own, False))  # nothing follows the last response
+        else:
+            text, is_response = texts[int(pieces[i + 2])]
+            # most tokenizers have words with the space before them
+            said = tokenizer.encode(pieces[i + 1] + text).tolist() if text else []
+            parts += [(own, False), (said, is_response)]
+    return [t for ids, _ in parts for t in ids], [flag for ids, flag in parts for _ in ids]
 
 
-def chat_template(tokenizer, template):
-    """encode_conversation's rendering in Jinja, for tokenizer_config.json: transformers, vLLM and llama.cpp then put
-    chat messages to a tuned model in the form it knows."""
-    (before, space, _), (after, lead, _) = split_template(template, "without")
-    takes_turns = end_of_response(tokenizer, template) != tokenizer.eot
-    parts = {
-        "BEFORE": before + space,
-        "AFTER": after,
-        "LEAD": lead,
-        "END": "<end_of_turn>" if takes_turns else tokenizer.eot_token,
-        "BETWEEN": "\n" if takes_turns else "",
-    }
-    jinja = (
-        "{{ bos_token }}{% for m in messages %}"
-        "{% if m.role == 'assistant' %}{{ LEAD + m.content + END }}{{ '' if loop.last else BETWEEN }}"
-        "{% elif loop.first or loop.previtem.role == 'assistant' %}{{ BEFORE + m.content | trim }}"
-        "{% else %}{{ '\\n\\n' + m.content | trim }}{% endif %}"  # a system message, then the user's
-        "{% if m.role != 'assistant' and (loop.last or loop.nextitem.role == 'assistant') %}{{ AFTER }}{% endif %}"
-        "{% endfor %}"
+def render(template, messages, tokenizer):
+    """The text of messages in a chat template, without the token that a text begins after."""
+    with user_errors("the chat template can't be rendered"):
+        text = compile_template(template).render(
+            messages=messages,
+            bos_token=tokenizer.bos_token,
+            eos_token=tokenizer.eot_token,
+            add_generation_prompt=messages[-1]["role"] != "assistant",
+        )
+    return text.removeprefix(tokenizer.bos_token)
+
+
+@functools.cache
+def compile_template(template):
+    """A Jinja template as transformers compiles it, in a sandbox: published models bring templates of their own."""
+    sandbox = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    return re.sub("|".join(parts), lambda found: json.dumps(parts[found[0]], ensure_ascii=False), jinja)
+    sandbox.globals["raise_exception"] = raise_exception
+    return sandbox.from_string(template)
+
+
+def raise_exception(reason):
+    raise jinja2.TemplateError(reason)
 
 
 def end_of_response(tokenizer, template):
-    """The token that ends a response: Gemma's end of turn where template and tokenizer have it, else end-of-text."""
-    marker = tokenizer.encode("<end_of_turn>", markers=True)
-    is_special = len(marker) == 1 and int(marker[0]) in tokenizer.special_ids
-    return int(marker[0]) if template == "gemma" and is_special else tokenizer.eot
+    """The token that ends a response in this format."""
+    ids, _ = encode_conversation(tokenizer, exchange("a", "", "b"), template)
+    return ids[-1]
 
 
-def read_turns(record, source):
-    """The conversation in a record of any usual shape: [(instruction, input, response), ...]."""
-    messages = record.get("messages") or record.get("conversations")
-    if messages:
-        turns, asked = [], []  # asked: what has been said since the last response, a system message included
-        for message in messages:
-            text = message.get("content", message.get("value")) or ""
-            if message.get("role", message.get("from")) in ("assistant", "gpt", "model"):
-                turns.append(("\n\n".join(asked), "", text))
-                asked = []
-            else:
-                asked.append(text)
-        return turns
-    for asks, context, answers in (
-        ("instruction", "input", "output"),
-        ("instruction", "context", "response"),
-        ("prompt", "input", "completion"),
-    ):
-        if asks in record and answers in record:
-            fields = (record.get(name) for name in (asks, context, answers))
-            return [tuple("" if field is None else str(field) for field in fields)]
-    raise UserError(
-        f"{source}: a record has {', '.join(record)}; known are instruction/input/output, "
-        "instruction/context/response, prompt/completion and messages"
-    )
+def exchange(instruction, context, response):
+    """An instruction and its response, as messages."""
+    return [
+        {"role": "user", "content": instruction, "input": context},
+        {"role": "assistant", "content": response},
+    ]
 
 
+def read_messages(record):
+    """The conversation in a record of any usual shape, as messages; a system message joins the user's after it. Raises
+    UserError for a record of another shape."""
+    messages, asked = [], []  # asked: what has been said since the last response
+    for message in record.get("messages") or record.get("conversations") or []:
+        text = message.get("content", message.get("value")) or ""
+        if not isinstance(text, str):
+            raise UserError(f"the content of a message is {type(text).__name__}, not text")
+        if message.get("role", message.get("from")) in ("assistant", "gpt", "model"):
+            messages += exchange("\n\n".join(asked), "", text)
+            asked = []
+        else:
+            asked.append(text.strip())
+    if messages or asked:
+        return messages or exchange("\n\n".join(asked), "", "")  # without a response: with an empty one
+    for keys in RECORD_SHAPES:
+        if keys[0] in record and keys[2] in record:
+            return exchange(*("" if record.get(key) is None else str(record[key]) for key in keys))
+    known = ", ".join(map("/".join, RECORD_SHAPES))
+    raise UserError(f"it has {', '.join(record)}; known are {known} and messages")
+
+
+# what a record's instruction, input and response may be called
+RECORD_SHAPES = [
+    ("instruction", "input", "output"),
+    ("instruction", "context", "response"),
+    ("prompt", "input", "completion"),
+]
 HUB_RECORDS = {"alpaca": "tatsu-lab/alpaca", "dolly": "databricks/databricks-dolly-15k"}
 
 
@@ -319,55 +329,39 @@ def read_records(source):
     return read_rows(path)
 
 
+def open_records(cfg, seed):
+    """The instruction data: (training conversations, held-out conversations)."""
+    if cfg.data in CORPORA:
+        corpus = importlib.import_module(CORPORA[cfg.data])
+        held_out = corpus.records(seed, cfg.num_checked, held_out=True)
+        return list(corpus.records(seed, cfg.max_records or 12_000)), list(held_out)
+    records = []
+    for i, record in enumerate(itertools.islice(read_records(cfg.data), cfg.max_records or None)):
+        with user_errors(f"--data={cfg.data}, record {i + 1}"):
+            records.append(read_messages(record))
+    fraction = max(cfg.val_fraction, min(0.5, 8 / max(1, len(records))))
+    split = [], []
+    for messages in records:
+        split[is_held_out(json.dumps(messages), fraction)].append(messages)
+    return split
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # instruction tuning
 
 
-@dataclass
-class LoraConfig:
-    """What instruction tuning alone needs."""
-
-    data: str = "fables"  # fables, alpaca, dolly, a Hub id, or a .json, .jsonl or .parquet file of records
-    template: str = ""  # what stands around an instruction: alpaca, short or gemma; empty: the model's own, or alpaca
-    rank: int = 8  # of the adapters; 0: train all weights instead
-    alpha: float = 16.0  # adapters count alpha / rank
-    targets: str = "all-linear"  # which linear layers, as q_proj,v_proj
-    rslora: bool = False  # adapters count alpha / sqrt(rank) instead
-    lora_dropout: float = 0.0  # on the adapters' input
-    epochs: float = 1.0  # over the records; sets max_iters
-    max_records: int = 0  # use so many records; 0: all (fables: 12,000)
-    max_length: int = 512  # tokens of prompt and response; longer prompts lose their beginning
-    max_tokens_per_batch: int = 4096  # padding included; records of like length share a batch
-    batch_size: int = 0  # records per batch at most; 0: as many as the tokens allow
-    val_fraction: float = 0.05  # share of the records held out
-    num_checked: int = 200  # held-out fable instructions answered and checked, before and after
-    forgetting: str = ""  # a prepared dataset to measure bits per byte on, before and after, as fables
-    forgetting_block_size: int = 512  # in rows of so many tokens; best those that the model was trained on
-    num_samples: int = 4  # answers shown before and after
-    top_k: int = 5  # for those answers
-    merge: bool = False  # at the end also save the merged model, to out_dir/merged
-
-    def __post_init__(self):
-        if self.template and self.template not in TEMPLATES:
-            raise ValueError(f"template={self.template!r} must be one of {', '.join(TEMPLATES)}")
-        check_range(self, 0, NO_LIMIT, "rank", "batch_size", "max_records", "num_checked", "num_samples", "top_k")
-        check_range(self, 2, NO_LIMIT, "max_length")
-        check_range(self, self.max_length, NO_LIMIT, "max_tokens_per_batch")
-        check_range(self, 1, NO_LIMIT, "forgetting_block_size")
-        check_range(self, 1e-6, 1e6, "epochs", "alpha")
-        check_range(self, 1e-6, 0.999, "val_fraction")
-        check_range(self, 0, 0.99, "lora_dropout")
-
-
-class Tuning:
+class InstructionTuning:
     """Instruction tuning, as train.py's loop wants it: what Pretraining is for pretraining."""
 
     floor_loss = None
     lower_memory = "lower max_tokens_per_batch, and raise gradient_accumulation_steps as much"
 
-    def __init__(self, cfg, loop, model, base_model, tokenizer, train_records, val_records):
-        self.cfg, self.loop, self.model, self.base_model, self.tokenizer = cfg, loop, model, base_model, tokenizer
-        self.end = end_of_response(tokenizer, cfg.template)
+    def __init__(self, cfg, loop, model, tokenizer, template, train_records, val_records, base_model="", about=None):
+        """template: the format, a chat template. base_model: the name of the model that is tuned. about: what a
+        checkpoint says of itself, for sample.py."""
+        self.cfg, self.loop, self.model, self.tokenizer, self.template = cfg, loop, model, tokenizer, template
+        self.base_model, self.about = base_model, about or {}
+        self.end = end_of_response(tokenizer, template)
         self.dropped = 0
         self.train_set, _ = self.encode_all(train_records)
         self.val_set, self.val_records = self.encode_all(val_records)
@@ -380,8 +374,8 @@ class Tuning:
         """Conversations -> [(ids, is_response)], and those kept. Too long ones lose what was said first; where the last
         response alone is too long, or empty, the conversation is dropped."""
         encoded, kept, limit = [], [], self.cfg.max_length
-        for turns in conversations:
-            ids, is_response = encode_conversation(self.tokenizer, turns, self.cfg.template)
+        for messages in conversations:
+            ids, is_response = encode_conversation(self.tokenizer, messages, self.template)
             length = is_response[::-1].index(False)  # of the last response
             if not 1 < length < limit:
                 self.dropped += 1
@@ -392,16 +386,17 @@ class Tuning:
                     cut += 1
                 ids, is_response = ids[:1] + ids[cut:], is_response[:1] + is_response[cut:]
             encoded.append((torch.tensor(ids), torch.tensor(is_response)))
-            kept.append(turns)
+            kept.append(messages)
         return encoded, kept
 
     def group(self, encoded):
         """Batches, as lists of record numbers: records of like length together, within max_tokens_per_batch."""
         lengths = np.array([len(ids) for ids, _ in encoded])
+        size = self.cfg.batch_size or max(4, round(len(lengths) / 100))
         batches, batch = [], []
         for i in np.argsort(lengths, kind="stable"):
             tokens = (len(batch) + 1) * lengths[i]  # the longest comes last
-            if batch and (tokens > self.cfg.max_tokens_per_batch or len(batch) == self.cfg.batch_size):
+            if batch and (tokens > self.cfg.max_tokens_per_batch or len(batch) == size):
                 batches.append(batch)
                 batch = []
             batch.append(int(i))
@@ -436,87 +431,89 @@ class Tuning:
         results = {"val_loss": loss, "val_perplexity": perplexity}
         return results, f"response loss {loss:.4f}, perplexity {perplexity:.3f} on held-out records"
 
-    def answer(self, turns, max_new_tokens, **how):
-        """The model's own last response to a conversation."""
-        (instruction, context, _), history = turns[-1], turns[:-1]
-        ids, _ = encode_conversation(self.tokenizer, [*history, (instruction, context, None)], self.cfg.template)
-        limit = self.model.config.max_position_embeddings
-        max_new_tokens = min(max_new_tokens, limit // 2)
-        room = limit - max_new_tokens
-        prompt = torch.tensor([ids[:1] + ids[1:][1 - room :]], device=self.model.device)
-        stops = [self.end, self.tokenizer.eot]
-        made = [t.item() for t in self.model.generate(prompt, max_new_tokens, stop_ids=stops, **how)]
-        return self.tokenizer.decode([t for t in made if t not in stops]).strip()
+    def answers(self, conversations, max_new_tokens, **sampling):
+        """The model's own last response to each conversation, of max_new_tokens (a list) at most."""
+        limit, stops = self.model.config.max_position_embeddings, [self.end, self.tokenizer.eot]
+        max_new_tokens = [min(n, limit // 2) for n in max_new_tokens]
+        prompts = []
+        for messages, n in zip(conversations, max_new_tokens, strict=True):
+            ids, _ = encode_conversation(self.tokenizer, messages[:-1], self.template)
+            prompts.append(ids[:1] + ids[1:][1 - limit + n :])  # too long ones lose what was said first
+        answers = {}
+        order = np.argsort([len(ids) for ids in prompts], kind="stable").tolist()
+        for i in range(0, len(order), 64):  # prompts of like length share a batch
+            many, limits = zip(*[(prompts[j], max_new_tokens[j]) for j in order[i : i + 64]], strict=True)
+            texts = complete(self.model, self.tokenizer, list(many), list(limits), stop_ids=stops, **sampling)
+            answers |= zip(order[i : i + 64], map(str.strip, texts), strict=True)
+        return [answers[i] for i in range(len(prompts))]
 
     def sample(self):
         """The first held-out instruction, and the answer to it as the model stands."""
-        turns = self.val_records[0]
-        answer = self.answer(turns, self.loop.sample_tokens, top_k=self.cfg.top_k, seed=self.loop.seed)
-        return f"{turns[-1][0]} {turns[-1][1]}\n  -> {answer}"
+        messages = self.val_records[0]
+        (answer,) = self.answers([messages], [self.loop.sample_tokens], top_k=self.cfg.top_k, seed=self.loop.seed)
+        return f"{messages[-2]['content']} {messages[-2]['input']}\n  -> {answer}"
 
     def write_model(self, path, weights):
         """The adapter; or the whole model, where all of it was trained or the adapter has been merged."""
         if lora_layers(self.model):
-            cfg = self.cfg
-            settings = {"rank": cfg.rank, "alpha": cfg.alpha, "dropout": cfg.lora_dropout, "rslora": cfg.rslora}
-            save_adapter(self.model, path, {"base_model": self.base_model, **settings}, weights)
+            save_adapter(self.model, path, self.base_model, weights)
         else:
             ends = sorted({self.tokenizer.eot, self.end})
             self.model.config.eos_token_id = ends if len(ends) > 1 else self.end
             self.model.save_pretrained(path, weights)
         self.tokenizer.save(path)
-        (path / "instruct.json").write_text(json.dumps({"template": self.cfg.template}) + "\n")  # for sample.py
+        (path / "instruct.json").write_text(json.dumps({"template": self.template, **self.about}) + "\n")
 
 
-def open_records(cfg, loop):
-    """The instruction data: (training conversations, held-out conversations, held-out fable records to check)."""
-    if cfg.data == "fables":
-        from data.fable_grammar import TASKS, conversation
-
-        def told(turns):
-            return [(turn["instruction"], turn["input"], turn["output"]) for turn in turns]
-
-        checked = [
-            conversation(f"{loop.seed}/held out/{i}", TASKS[i % len(TASKS)], held_out=True)[0]
-            for i in range(cfg.num_checked)
-        ]
-        tasks = [*TASKS, "tell", "tell", "rewrite"]  # whole fables take the most learning
-        count = cfg.max_records or 12_000
-        train_records = [told(conversation(f"{loop.seed}/{i}", tasks[i % len(tasks)])) for i in range(count)]
-        return train_records, [told([turn]) for turn in checked], checked
-    train_records, val_records = [], []
-    for i, record in enumerate(read_records(cfg.data)):
-        if cfg.max_records and i >= cfg.max_records:
-            break
-        turns = read_turns(record, cfg.data)
-        held_out = is_held_out(json.dumps(turns), cfg.val_fraction)
-        (val_records if held_out else train_records).append(turns)
-    return train_records, val_records, []
+# what model.py and prepare.py will bring: to be imported from there
+CORPORA = {"fables": "data.fable_grammar"}
 
 
-def measure(task, checked, pretraining, device, dtype):
+def complete(model, tokenizer, prompts, max_new_tokens, stop_ids=(), **sampling):
+    texts = []
+    for ids, n in zip(prompts, max_new_tokens, strict=True):
+        prompt = torch.tensor([ids], device=model.device)
+        made = [token.item() for token in model.generate(prompt, n, stop_ids=stop_ids, **sampling)]
+        texts.append(tokenizer.decode([token for token in made if token not in stop_ids]))
+    return texts
+
+
+def read_json(path):
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds no JSON object but a {type(content).__name__}")
+    return content
+
+
+def weights_fingerprint(path):
+    digest = hashlib.blake2b(digest_size=16)
+    for file in weight_files(Path(path)):
+        with open(file, "rb") as f:
+            hashlib.file_digest(f, lambda: digest)  # goes on with it
+    return digest.hexdigest()
+
+
+def measure(task, pretraining, device, dtype):
     """What the report compares before and after: (figures by name, the answers shown)."""
-    model = task.model
+    model, cfg, records = task.model, task.cfg, task.val_records
     results = {"response loss": evaluate(model, task.validation(), device, dtype)}
     results["response perplexity"] = math.exp(results["response loss"])
     model.eval()
-    if checked:
-        from data.fable_grammar import follows
-
-        followed = {}
-        for turn, turns in zip(checked, task.val_records, strict=True):
-            enough = 2 * len(task.tokenizer.encode(turn["output"])) + 20
-            answer = task.answer(turns, enough, temperature=0)
-            followed.setdefault(turn["task"], []).append(follows(turn, answer))
-        for name, outcomes in sorted(followed.items()):
-            results[f"followed: {name}"] = sum(outcomes) / len(outcomes)
-        results["followed: all"] = sum(map(sum, followed.values())) / len(checked)
+    if cfg.data in CORPORA:
+        follows = importlib.import_module(CORPORA[cfg.data]).follows
+        enough = [2 * len(task.tokenizer.encode(messages[-1]["content"])) + 20 for messages in records]
+        followed = {"all": []}
+        for messages, answer in zip(records, task.answers(records, enough, temperature=0), strict=True):
+            turn = messages[-2]["turn"]
+            followed["all"].append(follows(turn, answer))
+            followed.setdefault(turn["task"], []).append(followed["all"][-1])
+        results |= {f"followed: {name}": sum(outcomes) / len(outcomes) for name, outcomes in sorted(followed.items())}
     if pretraining:
         loss = evaluate(model, pretraining.validation(), device, dtype)
         results["bits per byte on plain text"] = pretraining.describe(loss)[0]["val_bpb"]
-    how = {"top_k": task.cfg.top_k, "seed": task.loop.seed}
-    shown = task.val_records[: task.cfg.num_samples]
-    answers = [(turns[-1], task.answer(turns, task.loop.sample_tokens, **how)) for turns in shown]
+    shown = records[: cfg.num_samples]
+    limits = [task.loop.sample_tokens] * len(shown)
+    answers = task.answers(shown, limits, top_k=cfg.top_k, seed=task.loop.seed)
     model.train()
     return results, answers
 
@@ -524,19 +521,45 @@ def measure(task, checked, pretraining, device, dtype):
 def report(task, before, after, out_dir):
     """The comparison, to the terminal and samples.txt."""
     lines = []
-    for (turn, was), (_, now) in zip(before[1], after[1], strict=True):
-        instruction, context, wanted = turn
-        lines += [f"instruction: {instruction}", *([f"input: {context}"] if context else []), f"wanted: {wanted}"]
-        lines += [f"before: {was}", f"after: {now}", ""]
-    trainable = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in task.model.parameters())
+    for messages, was, now in zip(task.val_records, before[1], after[1], strict=False):
+        asked, wanted = messages[-2:]
+        lines += [f"instruction: {asked['content']}", *([f"input: {asked['input']}"] if asked["input"] else [])]
+        lines += [f"wanted: {wanted['content']}", f"before: {was}", f"after: {now}", ""]
+    trainable, total = count_parameters(task.model)
     lines.append(f"trained: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     for name, value in before[0].items():
         lines.append(f"{name}: {value:.4f} before, {after[0][name]:.4f} after")
     text = "\n".join(lines)
     print("\n" + text)
     with open(Path(out_dir) / "samples.txt", "a", encoding="utf-8") as f:
-        f.write("--- before and after\n" + text + "\n")
+        f.write("--- before and after, of the best checkpoint\n" + text + "\n")
+
+
+def count_parameters(model):
+    """(trained, all)"""
+    return tuple(sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
+
+
+def fill_in(cfg, loop, task):
+    """The settings that the number of records and the size of the model decide, where they were left open."""
+    per_epoch = len(task.train_batches) / loop.gradient_accumulation_steps
+    max_iters = loop.max_iters or max(1, round(per_epoch * (cfg.epochs or max(3, 100 / per_epoch))))
+    rate = loop.learning_rate or (0.5 if cfg.rank else 0.05) / task.model.config.hidden_size
+    warmup = loop.warmup_iters if loop.warmup_iters >= 1 else round(loop.warmup_iters * max_iters)
+    every = loop.eval_interval or math.ceil(per_epoch)
+    return replace(loop, max_iters=max_iters, learning_rate=rate, warmup_iters=warmup, eval_interval=every)
+
+
+def print_plan(task, loop):
+    trainable, total = count_parameters(task.model)
+    batches = task.train_batches
+    tokens = sum(len(ids) for ids, _ in task.train_set) / len(batches) * loop.gradient_accumulation_steps
+    print(f"data: {len(task.train_set):,} records to learn, {len(task.val_set):,} held out, {task.dropped:,} dropped; "
+          f"{len(batches):,} batches, {task.padding():.1%} padding")  # fmt: skip
+    print(f"training {trainable:,} of {total:,} parameters")
+    print(f"updates: {loop.max_iters:,} of {tokens:,.0f} tokens, "
+          f"{loop.max_iters * loop.gradient_accumulation_steps / len(batches):.1f} epochs; learning rate "
+          f"{loop.learning_rate:.2g}, {loop.warmup_iters:,} updates of warmup")  # fmt: skip
 
 
 def main(cfg, loop):
@@ -545,7 +568,7 @@ def main(cfg, loop):
     settings = asdict(cfg) | asdict(loop)
     state = {"step": 0, "tokens": 0, "seconds": 0.0, "best_val_loss": math.inf, "evaluated": -1}
     last = whole_checkpoint(Path(loop.out_dir) / "last")
-    if loop.init_from == "scratch":
+    if loop.init_from in ("", "scratch"):
         raise UserError("LoRA tunes a trained model: name its directory, as --init_from=out/fables/best")
     if loop.init_from == "resume":
         if not last.is_dir():
@@ -561,32 +584,27 @@ def main(cfg, loop):
     if cfg.max_length > (limit := model.config.max_position_embeddings):
         raise UserError(f"max_length={cfg.max_length} exceeds the model's max_position_embeddings={limit}: lower it")
     tokenizer = Tokenizer.load(base_path)
-    cfg = replace(cfg, template=cfg.template or template_of(base_path, tokenizer) or "alpaca")
-    if cfg.template != "gemma" or "chat_template" not in tokenizer.config:
-        tokenizer.config["chat_template"] = chat_template(tokenizer, cfg.template)
+    template = FORMATS.get(cfg.template) or template_of(base_path, tokenizer) or FORMATS["alpaca"]
+    tokenizer.config["chat_template"] = template
     torch.manual_seed(loop.seed)  # draws A
-    try:
-        if loop.init_from == "resume" and cfg.rank:
+    if loop.init_from == "resume" and cfg.rank:
+        check_base(last, base_path)
+        with user_errors(last):
             load_adapter(model, last, cfg.lora_dropout)
-        elif cfg.rank:
+    elif cfg.rank:
+        with user_errors(f"--targets={cfg.targets}"):
             add_lora(model, cfg.rank, cfg.alpha, cfg.lora_dropout, cfg.targets, cfg.rslora)
-    except ValueError as e:
-        raise UserError(str(e)) from None
     if loop.fsdp:  # casts each block's weights as it gathers them
         shard(model, dtype)
     else:
-        keep_base_in(model, dtype)
-    train_records, val_records, checked = open_records(cfg, loop)
-    task = Tuning(cfg, loop, model, base_model, tokenizer, train_records, val_records)
-    if checked and task.dropped:
-        raise UserError(f"max_length={cfg.max_length} is too short for the fables' instructions: raise it")
-    per_epoch = len(task.train_batches) / loop.gradient_accumulation_steps
-    loop = task.loop = replace(loop, max_iters=max(1, round(cfg.epochs * per_epoch)))
-    print(f"data: {len(task.train_set):,} records to learn, {len(task.val_set):,} held out, {task.dropped:,} dropped; "
-          f"{len(task.train_batches):,} batches, {task.padding():.1%} padding")  # fmt: skip
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    print(f"training {trainable:,} of {total:,} parameters, {loop.max_iters:,} updates")
+        cast_base_weights(model, dtype)
+    train_records, val_records = open_records(cfg, loop.seed)
+    about = {"base_fingerprint": weights_fingerprint(base_path)} if cfg.rank else {}
+    task = InstructionTuning(cfg, loop, model, tokenizer, template, train_records, val_records, str(base_model), about)
+    if cfg.data in CORPORA and task.dropped:
+        raise UserError(f"max_length={cfg.max_length} is too short for the instructions of {cfg.data}: raise it")
+    loop = task.loop = fill_in(cfg, loop, task)
+    print_plan(task, loop)
     pretraining = None
     if cfg.forgetting:
         path, meta, its_tokenizer = open_dataset(cfg.forgetting)
@@ -595,23 +613,164 @@ def main(cfg, loop):
         text_cfg = PretrainConfig(block_size=min(cfg.forgetting_block_size, model.config.max_position_embeddings))
         pretraining = Pretraining(text_cfg, loop, model, tokenizer, path, meta)
     if loop.init_from != "resume":  # what the report compares with must survive an interruption
-        state |= {"base_model": str(base_model), "before": measure(task, checked, pretraining, device, dtype)}
+        state |= {"base_model": str(base_model), "before": measure(task, pretraining, device, dtype)}
         start_out_dir(loop)
     optimizers = make_optimizers(model, loop)
     resume_optimizers(optimizers, state.pop("optimizers", []))
     state["settings"] = settings
     train(loop, task, optimizers, state, device, dtype)
-    after = measure(task, checked, pretraining, device, dtype)
+    best = whole_checkpoint(Path(loop.out_dir) / "best")
+    load_weights(model, best)
+    after = measure(task, pretraining, device, dtype)
     if rank() == 0:
         report(task, state["before"], after, loop.out_dir)
         if cfg.merge:
-            last = Path(loop.out_dir) / "last"
-            task.model = open_model(base_path if cfg.rank else last, "cpu")
+            task.model = open_model(base_path if cfg.rank else best, "cpu")  # in float32
             if cfg.rank:
-                task.model = merge_lora(load_adapter(task.model, last))
+                check_base(best, base_path)
+                task.model = merge_lora(load_adapter(task.model, best))
+            task.about = {}
             save_checkpoint(Path(loop.out_dir) / "merged", task.write_model, task.model.state_dict())
     leave()
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# adapters on disk, in PEFT's format, and what a checkpoint says of itself
+
+
+def save_adapter(model, path, base_model="", weights=None):
+    """Write adapter_config.json and adapter_model.safetensors as PEFT does. base_model: a directory or Hub id, for
+    those who open it. weights: a state dict to write in place of the model's own."""
+    layers, path, weights = lora_layers(model), Path(path), weights or model.state_dict()
+    if not layers:
+        raise ValueError("the model has no adapter: add_lora(model) makes one")
+    layer = layers[0][1]
+    about = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base_model),
+        "r": layer.rank,
+        "lora_alpha": layer.alpha,
+        "lora_dropout": layer.dropout.p,
+        "use_rslora": layer.rslora,
+        "target_modules": sorted({name.rpartition(".")[2] for name, _ in layers}),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n")
+    tensors = {key: weights[name].detach().contiguous() for key, name in adapter_names(model).items()}
+    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def adapter_names(model):
+    """PEFT's names of the adapters' weights, and ours."""
+    return {
+        f"base_model.model.{name}.{part}.weight": f"{name}.{part}.weight"
+        for name, _ in lora_layers(model)
+        for part in ("lora_A", "lora_B")
+    }
+
+
+def load_adapter(model, path, dropout=None):
+    """Put the adapter of a PEFT directory into a plain model, in place. Raises ValueError where it does not fit, or is
+    more than LoRA."""
+    about, shapes = read_adapter_config(Path(path)), tensor_shapes(Path(path) / "adapter_model.safetensors")
+    rank, targets = about["r"], about["target_modules"]
+    if {shape[:1] for name, shape in shapes.items() if "lora_A" in name} != {(rank,)}:
+        raise ValueError(f"adapter_model.safetensors: lora_A is not of rank {rank} throughout")
+    targets = targets if isinstance(targets, str) else ",".join(targets)
+    dropout = about["lora_dropout"] if dropout is None else dropout
+    add_lora(model, rank, about["lora_alpha"], dropout, targets, about["use_rslora"])
+    ours = model.state_dict()
+    wanted = {key: tuple(ours[name].shape) for key, name in adapter_names(model).items()}
+    if odd := sorted(shapes.items() ^ wanted.items()):
+        raise ValueError(f"the adapter and the model do not fit: {odd[0][0]} {list(odd[0][1])} is in one of them only")
+    load_weights(model, path)
+    return model
+
+
+def load_weights(model, path):
+    """Give a model the weights of a checkpoint of its own run: those of its adapter, or all."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict  # half a second
+
+    names = adapter_names(model)
+    file = Path(path) / ("adapter_model.safetensors" if names else "model.safetensors")
+    weights = {names.get(key, key): read_tensor(file, key, "cpu") for key in tensor_shapes(file)}
+    options = StateDictOptions(full_state_dict=True, strict=not names)  # the model's may be sharded
+    set_model_state_dict(model, weights, options=options)
+
+
+# of PEFT's LoraConfig: what load_adapter understands, by type
+ADAPTER_FIELDS = {"r": (int,), "lora_alpha": (int, float), "lora_dropout": (int, float), "use_rslora": (bool,),
+                  "target_modules": (str, list)}  # fmt: skip
+# what does not change the function
+OTHER_FIELDS = {
+    "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
+    "runtime_config", "ensure_weight_tying", "megatron_core", "qalora_group_size", "layers_pattern", "loftq_config",
+    "eva_config", "corda_config", "lora_ga_config",
+}  # fmt: skip
+# and values that do not: of the initializations, those that leave the base as it is (PiSSA's, for one, does not)
+PLAIN = {"bias": ["none"], "init_lora_weights": [True, "gaussian", "orthogonal", "eva", "mica"]}
+
+
+def read_adapter_config(path):
+    """adapter_config.json as a dict. Raises ValueError, with the field's name, where it is damaged or more than LoRA."""
+    about = {"lora_dropout": 0.0, "use_rslora": False} | read_json(path / "adapter_config.json")
+    if about.get("peft_type") != "LORA":
+        raise ValueError(f"adapter_config.json: peft_type={about.get('peft_type')!r}, only LORA can be read")
+    for key, kinds in ADAPTER_FIELDS.items():
+        if type(about.get(key)) not in kinds:
+            raise ValueError(f"adapter_config.json: {key}={about.get(key)!r} is no {kinds[-1].__name__}")
+    if not all(isinstance(target, str) for target in about["target_modules"]):
+        raise ValueError("adapter_config.json: target_modules are no names")
+    for key in about.keys() - ADAPTER_FIELDS.keys() - OTHER_FIELDS:
+        if about[key] and about[key] not in PLAIN.get(key, []):
+            raise ValueError(f"adapter_config.json: {key}={about[key]!r} is more than plain LoRA, all that can be read")
+    return about
+
+
+def cast_base_weights(model, dtype):
+    """Keep the frozen layers' weights in the dtype that autocast multiplies them in: the same products, half the memory
+    in bfloat16, and no cast at every step. What a merge reads is the file's."""
+    for _, layer in lora_layers(model):
+        layer.base_layer.to(dtype)
+
+
+def read_instruct(path):
+    """What instruct.json says of the tuned model or adapter in a directory: its format, and the fingerprint of the
+    weights under an adapter. {} where there is none."""
+    file = Path(path) / "instruct.json"
+    with user_errors(f"{file} is damaged"):
+        return read_json(file) if file.exists() else {}
+
+
+def template_of(path, tokenizer):
+    """The format, a chat template, that the model or adapter in a directory was instructed in; None for a plain one."""
+    if template := read_instruct(path).get("template"):
+        return FORMATS.get(str(template), str(template))
+    file = Path(path) / "generation_config.json"
+    with user_errors(f"{file} is damaged"):
+        stops = read_json(file).get("eos_token_id") if file.exists() else None
+    if not isinstance(stops, list):
+        return None
+    template = tokenizer.config.get("chat_template")
+    template = template if isinstance(template, str) else FORMATS["gemma"]
+    end = end_of_response(tokenizer, template)
+    # a published model that has learned to take turns stops at the end of one too
+    return template if end in stops and end != tokenizer.eot else None
+
+
+def check_base(adapter, base):
+    """Raises UserError where the weights in the directory `base` are not those that the adapter was tuned on."""
+    wanted = read_instruct(adapter).get("base_fingerprint")  # PEFT's own have none
+    if wanted and wanted != weights_fingerprint(base):
+        raise UserError(
+            f"{adapter} was tuned on other weights than {base} has now, perhaps since trained again: name a copy of "
+            "the old ones by --model, or tune again"
+        )
+
+
 if __name__ == "__main__":
-    run(main, LoraConfig, TrainConfig)
+    run(main, LoraConfig, TuneConfig)

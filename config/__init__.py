@@ -147,7 +147,8 @@ def usage(classes):
     """The dataclasses are the help text: each field, its default, and its trailing comment."""
     rows = []
     for cls in classes:
-        notes = dict(re.findall(r"^    (\w+):[^#\n]*# (.*)$", inspect.getsource(cls), re.M))
+        sources = map(inspect.getsource, cls.__mro__[-2::-1])  # fields and their comments are inherited
+        notes = dict(note for source in sources for note in re.findall(r"^    (\w+):[^#\n]*# (.*)$", source, re.M))
         rows.append(f"\n{cls.__name__}")
         for f in fields(cls):
             assert f.default is not MISSING, f"{cls.__name__}.{f.name} has no default"
