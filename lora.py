@@ -24,12 +24,13 @@ import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
 
 from config import NO_LIMIT, UserError, check_range, run, user_errors
 from model import read_tensor, tensor_shapes, weight_files
@@ -185,8 +186,8 @@ ASKED = (
     "{% if not loop.first and loop.previtem.role == 'system' %}{{ loop.previtem.content | trim + '\\n\\n' }}{% endif %}"
     "{{ m.content | trim }}"
 )
-# instruction formats, as the chat templates (Jinja) that transformers, vLLM and llama.cpp read too. A response ends with
-# the special token that stands right after it; where none does, with end-of-text
+# instruction formats: chat templates in Jinja, which transformers, vLLM and llama.cpp read too. A response ends with
+# the special token right after it; where there is none, with end-of-text
 FORMATS = {
     "alpaca": "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'assistant' %}{{ m.content }}{{ eos_token }}"
@@ -217,8 +218,7 @@ def encode_conversation(tokenizer, messages, template):
     template = FORMATS.get(template, template)
     texts, marked = [], []  # the contents, and the messages with a mark in place of each
     for message in messages:
-        is_response = message["role"] == "assistant"
-        marks = {}
+        is_response, marks = message["role"] == "assistant", {}
         for key in ("content", "input"):
             text = message.get(key) or ""
             if text or key == "content":
@@ -227,23 +227,21 @@ def encode_conversation(tokenizer, messages, template):
         if template not in FORMATS.values():  # others know no input
             marks = {"content": "\n\n".join(marks.values())}
         marked.append({"role": message["role"], **marks})
-    # own text, a space or none, a content's number, own text, ...
+    # the format's own text, a space or none, a content's number, own text, ...
     pieces = re.split(r"( ?)\0(\d+)\0", render(template, marked, tokenizer))
     if sorted(map(int, pieces[2::3])) != list(range(len(texts))):
         raise UserError("this chat template leaves out or repeats what was said: choose another format by --template")
     parts, is_response = [([tokenizer.bos], False)], False
-    for i in range(0, len(pieces), 3):
-        own = tokenizer.encode(pieces[i], markers=True).tolist()
+    for own, space, number in zip(pieces[::3], [*pieces[1::3], ""], [*pieces[2::3], ""], strict=True):
+        ids = tokenizer.encode(own, markers=True).tolist()
         if is_response:  # its end is learned too
-            ends = own and own[0] in tokenizer.special_ids
-            parts.append(([own.pop(0) if ends else tokenizer.eot], True))
-        if i + 1 == len(pieces):
-            parts.append(([] if is_response else own, False))  # nothing follows the last response
-        else:
-            text, is_response = texts[int(pieces[i + 2])]
+            parts.append(([ids.pop(0) if ids and ids[0] in tokenizer.special_ids else tokenizer.eot], True))
+        if number or not is_response:  # nothing follows the last response
+            parts.append((ids, False))
+        if number:
+            text, is_response = texts[int(number)]
             # most tokenizers have words with the space before them
-            said = tokenizer.encode(pieces[i + 1] + text).tolist() if text else []
-            parts += [(own, False), (said, is_response)]
+            parts.append((tokenizer.encode(space + text).tolist() if text else [], is_response))
     return [t for ids, _ in parts for t in ids], [flag for ids, flag in parts for _ in ids]
 
 
@@ -261,16 +259,9 @@ def render(template, messages, tokenizer):
 
 @functools.cache
 def compile_template(template):
-    """A Jinja template as transformers compiles it, in a sandbox: published models bring templates of their own."""
-    sandbox = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    sandbox.globals["raise_exception"] = raise_exception
-    return sandbox.from_string(template)
-
-
-def raise_exception(reason):
-    raise jinja2.TemplateError(reason)
+    """A Jinja template, as transformers compiles it, in a sandbox: published models bring templates of their own."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template)
 
 
 def end_of_response(tokenizer, template):
@@ -281,10 +272,8 @@ def end_of_response(tokenizer, template):
 
 def exchange(instruction, context, response):
     """An instruction and its response, as messages."""
-    return [
-        {"role": "user", "content": instruction, "input": context},
-        {"role": "assistant", "content": response},
-    ]
+    asked = {"role": "user", "content": instruction, "input": context}
+    return [asked, {"role": "assistant", "content": response}]
 
 
 def read_messages(record):
@@ -318,30 +307,25 @@ RECORD_SHAPES = [
 HUB_RECORDS = {"alpaca": "tatsu-lab/alpaca", "dolly": "databricks/databricks-dolly-15k"}
 
 
-def read_records(source):
-    """The instruction records of alpaca, dolly, a Hub id, or a .json, .jsonl or .parquet file: an iterable of dicts."""
-    path = Path(source)
-    if not path.exists():
-        if path.suffix in (".json", ".jsonl", ".parquet"):
-            raise UserError(f"--data={source}: no such file")
-        splits = load_from_hub(HUB_RECORDS.get(source, source), "data")
-        return splits.get("train") or next(iter(splits.values()))
-    return read_rows(path)
-
-
 def open_records(cfg, seed):
     """The instruction data: (training conversations, held-out conversations)."""
     if cfg.data in CORPORA:
         corpus = importlib.import_module(CORPORA[cfg.data])
         held_out = corpus.records(seed, cfg.num_checked, held_out=True)
         return list(corpus.records(seed, cfg.max_records or 12_000)), list(held_out)
-    records = []
-    for i, record in enumerate(itertools.islice(read_records(cfg.data), cfg.max_records or None)):
+    if Path(cfg.data).exists():
+        records = read_rows(Path(cfg.data))
+    elif Path(cfg.data).suffix in (".json", ".jsonl", ".parquet"):
+        raise UserError(f"--data={cfg.data}: no such file")
+    else:
+        splits = load_from_hub(HUB_RECORDS.get(cfg.data, cfg.data), "data")
+        records = splits.get("train") or next(iter(splits.values()))
+    conversations, split = [], ([], [])
+    for i, record in enumerate(itertools.islice(records, cfg.max_records or None)):
         with user_errors(f"--data={cfg.data}, record {i + 1}"):
-            records.append(read_messages(record))
-    fraction = max(cfg.val_fraction, min(0.5, 8 / max(1, len(records))))
-    split = [], []
-    for messages in records:
+            conversations.append(read_messages(record))
+    fraction = max(cfg.val_fraction, min(0.5, 8 / max(1, len(conversations))))
+    for messages in conversations:
         split[is_held_out(json.dumps(messages), fraction)].append(messages)
     return split
 
@@ -371,8 +355,8 @@ class InstructionTuning:
         self.train_batches, self.val_batches = self.group(self.train_set), self.group(self.val_set)
 
     def encode_all(self, conversations):
-        """Conversations -> [(ids, is_response)], and those kept. Too long ones lose what was said first; where the last
-        response alone is too long, or empty, the conversation is dropped."""
+        """Conversations -> [(ids, targets)], those kept. Targets: the responses' ids, elsewhere -100. Too long ones
+        lose what was said first; where the last response alone is too long, or empty, the conversation is dropped."""
         encoded, kept, limit = [], [], self.cfg.max_length
         for messages in conversations:
             ids, is_response = encode_conversation(self.tokenizer, messages, self.template)
@@ -380,12 +364,11 @@ class InstructionTuning:
             if not 1 < length < limit:
                 self.dropped += 1
                 continue
-            if len(ids) > limit:
-                cut = len(ids) - limit + 1  # the first token stays
-                while is_response[cut] and cut < len(ids) - length:  # half a response is nothing to learn
-                    cut += 1
-                ids, is_response = ids[:1] + ids[cut:], is_response[:1] + is_response[cut:]
-            encoded.append((torch.tensor(ids), torch.tensor(is_response)))
+            cut = max(1, len(ids) - limit + 1)  # the first token stays
+            while cut > 1 and is_response[cut] and cut < len(ids) - length:  # half a response is nothing to learn
+                cut += 1
+            targets = [t if learned else -100 for t, learned in zip(ids, is_response, strict=True)]
+            encoded.append((torch.tensor(ids[:1] + ids[cut:]), torch.tensor(targets[:1] + targets[cut:])))
             kept.append(messages)
         return encoded, kept
 
@@ -403,15 +386,10 @@ class InstructionTuning:
         return [*batches, batch]
 
     def collate(self, encoded, batch):
-        """Inputs and targets (B, T): targets are the responses' tokens, the rest is -100."""
-        T = max(len(encoded[i][0]) for i in batch) - 1
-        x = torch.full((len(batch), T), self.tokenizer.eot)
-        y = torch.full((len(batch), T), -100)
-        for row, i in enumerate(batch):
-            ids, is_response = encoded[i]
-            x[row, : len(ids) - 1] = ids[:-1]
-            y[row, : len(ids) - 1] = torch.where(is_response, ids, -100)[1:]
-        return x, y
+        """Inputs and targets (B, T) of a batch."""
+        ids, targets = zip(*(encoded[i] for i in batch), strict=True)
+        x = pad_sequence([t[:-1] for t in ids], batch_first=True, padding_value=self.tokenizer.eot)
+        return x, pad_sequence([t[1:] for t in targets], batch_first=True, padding_value=-100)
 
     def updates(self, step):
         taken = deal(len(self.train_batches), self.loop.gradient_accumulation_steps, self.loop.seed, step)
@@ -421,31 +399,26 @@ class InstructionTuning:
         for batch in self.val_batches:
             yield self.collate(self.val_set, batch)
 
-    def padding(self):
-        """Share of the training batches that is padding."""
-        lengths = [[len(self.train_set[i][0]) for i in batch] for batch in self.train_batches]
-        return 1 - sum(map(sum, lengths)) / sum(len(batch) * max(batch) for batch in lengths)
-
     def describe(self, loss):
-        perplexity = math.exp(min(loss, 99))
-        results = {"val_loss": loss, "val_perplexity": perplexity}
-        return results, f"response loss {loss:.4f}, perplexity {perplexity:.3f} on held-out records"
+        results = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 99))}
+        line = f"response loss {loss:.4f}, perplexity {results['val_perplexity']:.3f} on held-out records"
+        return results, line
 
     def answers(self, conversations, max_new_tokens, **sampling):
         """The model's own last response to each conversation, of max_new_tokens (a list) at most."""
         limit, stops = self.model.config.max_position_embeddings, [self.end, self.tokenizer.eot]
         max_new_tokens = [min(n, limit // 2) for n in max_new_tokens]
-        prompts = []
-        for messages, n in zip(conversations, max_new_tokens, strict=True):
-            ids, _ = encode_conversation(self.tokenizer, messages[:-1], self.template)
-            prompts.append(ids[:1] + ids[1:][1 - limit + n :])  # too long ones lose what was said first
-        answers = {}
-        order = np.argsort([len(ids) for ids in prompts], kind="stable").tolist()
-        for i in range(0, len(order), 64):  # prompts of like length share a batch
-            many, limits = zip(*[(prompts[j], max_new_tokens[j]) for j in order[i : i + 64]], strict=True)
-            texts = complete(self.model, self.tokenizer, list(many), list(limits), stop_ids=stops, **sampling)
-            answers |= zip(order[i : i + 64], map(str.strip, texts), strict=True)
-        return [answers[i] for i in range(len(prompts))]
+        prompts = [encode_conversation(self.tokenizer, messages[:-1], self.template)[0] for messages in conversations]
+        answers = [""] * len(prompts)
+        order = np.argsort([len(ids) for ids in prompts], kind="stable")  # prompts of like length share a batch
+        for batch in np.split(order, range(64, len(order), 64)):
+            limits = [max_new_tokens[i] for i in batch]
+            # too long ones lose what was said first
+            fitting = [prompts[i][:1] + prompts[i][1:][1 - limit + n :] for i, n in zip(batch, limits, strict=True)]
+            texts = complete(self.model, self.tokenizer, fitting, limits, stop_ids=stops, **sampling)
+            for i, text in zip(batch, texts, strict=True):
+                answers[i] = text.strip()
+        return answers
 
     def sample(self):
         """The first held-out instruction, and the answer to it as the model stands."""
@@ -551,15 +524,14 @@ def fill_in(cfg, loop, task):
 
 
 def print_plan(task, loop):
+    """What will be trained, for how long and how fast."""
     trainable, total = count_parameters(task.model)
-    batches = task.train_batches
-    tokens = sum(len(ids) for ids, _ in task.train_set) / len(batches) * loop.gradient_accumulation_steps
-    print(f"data: {len(task.train_set):,} records to learn, {len(task.val_set):,} held out, {task.dropped:,} dropped; "
-          f"{len(batches):,} batches, {task.padding():.1%} padding")  # fmt: skip
-    print(f"training {trainable:,} of {total:,} parameters")
-    print(f"updates: {loop.max_iters:,} of {tokens:,.0f} tokens, "
-          f"{loop.max_iters * loop.gradient_accumulation_steps / len(batches):.1f} epochs; learning rate "
-          f"{loop.learning_rate:.2g}, {loop.warmup_iters:,} updates of warmup")  # fmt: skip
+    per_update = loop.gradient_accumulation_steps / len(task.train_batches)  # share of an epoch
+    tokens = sum(len(ids) for ids, _ in task.train_set) * per_update
+    print(f"data: {len(task.train_set):,} records to learn, {len(task.val_set):,} held out, {task.dropped:,} dropped")
+    print(f"training {trainable:,} of {total:,} parameters: {loop.max_iters:,} updates of {tokens:,.0f} tokens, "
+          f"{loop.max_iters * per_update:.1f} epochs; learning rate {loop.learning_rate:.2g}, "
+          f"{loop.warmup_iters:,} updates of warmup")  # fmt: skip
 
 
 def main(cfg, loop):
@@ -620,7 +592,7 @@ def main(cfg, loop):
     state["settings"] = settings
     train(loop, task, optimizers, state, device, dtype)
     best = whole_checkpoint(Path(loop.out_dir) / "best")
-    load_weights(model, best)
+    load_checkpoint(model, best)
     after = measure(task, pretraining, device, dtype)
     if rank() == 0:
         report(task, state["before"], after, loop.out_dir)
@@ -676,47 +648,50 @@ def adapter_names(model):
 def load_adapter(model, path, dropout=None):
     """Put the adapter of a PEFT directory into a plain model, in place. Raises ValueError where it does not fit, or is
     more than LoRA."""
-    about, shapes = read_adapter_config(Path(path)), tensor_shapes(Path(path) / "adapter_model.safetensors")
+    about, weights = read_adapter_config(Path(path)), read_tensors(Path(path) / "adapter_model.safetensors")
     rank, targets = about["r"], about["target_modules"]
-    if {shape[:1] for name, shape in shapes.items() if "lora_A" in name} != {(rank,)}:
+    if {tuple(w.shape[:1]) for name, w in weights.items() if "lora_A" in name} != {(rank,)}:
         raise ValueError(f"adapter_model.safetensors: lora_A is not of rank {rank} throughout")
     targets = targets if isinstance(targets, str) else ",".join(targets)
     dropout = about["lora_dropout"] if dropout is None else dropout
     add_lora(model, rank, about["lora_alpha"], dropout, targets, about["use_rslora"])
-    ours = model.state_dict()
-    wanted = {key: tuple(ours[name].shape) for key, name in adapter_names(model).items()}
-    if odd := sorted(shapes.items() ^ wanted.items()):
-        raise ValueError(f"the adapter and the model do not fit: {odd[0][0]} {list(odd[0][1])} is in one of them only")
-    load_weights(model, path)
+    ours = {key: model.get_parameter(name).data for key, name in adapter_names(model).items()}
+    shapes = [{(name, tuple(w.shape)) for name, w in tensors.items()} for tensors in (weights, ours)]
+    for name, shape in sorted(shapes[0] ^ shapes[1]):
+        raise ValueError(f"the adapter and the model do not fit: {name} {list(shape)} is in one of them only")
+    for name, weight in weights.items():
+        ours[name].copy_(weight)
     return model
 
 
-def load_weights(model, path):
-    """Give a model the weights of a checkpoint of its own run: those of its adapter, or all."""
+def read_tensors(file):
+    return {name: read_tensor(file, name, "cpu") for name in tensor_shapes(file)}
+
+
+def load_checkpoint(model, path):
+    """Give a model the weights of a checkpoint of its own run, its adapter's or all. To be called by all processes."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict  # half a second
 
-    names = adapter_names(model)
-    file = Path(path) / ("adapter_model.safetensors" if names else "model.safetensors")
-    weights = {names.get(key, key): read_tensor(file, key, "cpu") for key in tensor_shapes(file)}
-    options = StateDictOptions(full_state_dict=True, strict=not names)  # the model's may be sharded
-    set_model_state_dict(model, weights, options=options)
+    weights, names = {}, adapter_names(model)
+    if rank() == 0:
+        weights = read_tensors(Path(path) / ("adapter_model.safetensors" if names else "model.safetensors"))
+        weights = {names.get(key, key): weight for key, weight in weights.items()}
+    how = {"broadcast_from_rank0": dist.is_initialized(), "strict": not names}  # an adapter is not all of the model
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, **how))
 
 
 # of PEFT's LoraConfig: what load_adapter understands, by type
 ADAPTER_FIELDS = {"r": (int,), "lora_alpha": (int, float), "lora_dropout": (int, float), "use_rslora": (bool,),
                   "target_modules": (str, list)}  # fmt: skip
-# what does not change the function
-OTHER_FIELDS = {
-    "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
-    "runtime_config", "ensure_weight_tying", "megatron_core", "qalora_group_size", "layers_pattern", "loftq_config",
-    "eva_config", "corda_config", "lora_ga_config",
-}  # fmt: skip
-# and values that do not: of the initializations, those that leave the base as it is (PiSSA's, for one, does not)
-PLAIN = {"bias": ["none"], "init_lora_weights": [True, "gaussian", "orthogonal", "eva", "mica"]}
+# what changes no function
+OTHER_FIELDS = {"peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
+                "inference_mode", "megatron_core", "qalora_group_size", "corda_config", "lora_ga_config"}  # fmt: skip
+# and values that change none: other initializations, as PiSSA's, change the base under the adapter too
+PLAIN = {"bias": ["none"], "init_lora_weights": [True, "gaussian", "orthogonal", "mica"]}
 
 
 def read_adapter_config(path):
-    """adapter_config.json as a dict. Raises ValueError, with the field's name, where it is damaged or more than LoRA."""
+    """adapter_config.json as a dict. Raises ValueError, with the field's name, where it is damaged or no plain LoRA."""
     about = {"lora_dropout": 0.0, "use_rslora": False} | read_json(path / "adapter_config.json")
     if about.get("peft_type") != "LORA":
         raise ValueError(f"adapter_config.json: peft_type={about.get('peft_type')!r}, only LORA can be read")

@@ -376,7 +376,8 @@ def test_long_records_lose_the_beginning_of_the_prompt_or_are_dropped():
     records = [(long, "", "hello"), ("Say hi.", "", long), ("Say hi.", "", "hello"), ("Say", "", "")]
     task = tuning([*records, [("Say hi.", "", long), ("Say", "", "hello")]], max_length=40)
     assert task.dropped == 4 and len(task.train_set) == 3  # two of five, in both halves
-    for ids, is_response in (task.train_set[0], task.train_set[2]):
+    for ids, targets in (task.train_set[0], task.train_set[2]):
+        is_response = targets != -100
         assert len(ids) <= 40 and ids[0] == TOKENIZER.eot and not is_response[0]
         assert TOKENIZER.decode(ids[~is_response].tolist()).endswith("\nResponse:")
         assert TOKENIZER.decode(ids[is_response].tolist()) == " hello"  # a response without its beginning is gone
@@ -394,7 +395,6 @@ def test_batches_keep_to_the_budget_and_hold_every_record_once():
     for batch in task.train_batches:
         lengths = [len(task.train_set[i][0]) for i in batch]
         assert len(batch) * max(lengths) <= 200
-    assert 0 <= task.padding() < 0.2
     shapes = [x.numel() for x, _ in task.updates(0)]
     assert shapes == [x.numel() for x, _ in task.updates(0)]
 
@@ -452,23 +452,31 @@ def test_gemmas_turns_are_special_tokens_and_text_that_looks_like_them_is_not():
     assert end_of_response(TOKENIZER, "gemma") == TOKENIZER.eot
 
 
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    return publish_gemma(tmp_path_factory.mktemp("gemma"), instructed=True)
+
+
 @pytest.mark.parametrize("name", FORMATS)
-def test_formats_are_chat_templates_of_transformers(tmp_path, name):
-    """The same string renders there as here, a system message included, which our records have joined to the user's."""
-    TOKENIZER.save(tmp_path)
-    peer = AutoTokenizer.from_pretrained(tmp_path, chat_template=FORMATS[name])
-    said = [("system", "Be kind."), ("user", " Hi! "), ("assistant", "Hello."), ("user", "More?")]
-    said = [{"role": role, "content": content} for role, content in said]
-    for messages in (said, said[1:], said[1:3]):
-        ours = read_messages({"messages": [*messages, {"role": "assistant", "content": ""}]})
-        ours = ours[:-1] if messages[-1]["role"] == "user" else ours[:2]
-        ids, _ = encode_conversation(TOKENIZER, ours, name)
-        theirs = peer.apply_chat_template(messages, tokenize=False, add_generation_prompt=len(ours) % 2 == 1)
-        text = TOKENIZER.eot_token + TOKENIZER.bpe.decode(ids[1:])
-        if name == "gemma":  # this tokenizer has no turns: its responses end with end-of-text
-            text = text.replace("<|endoftext|><end_of_turn>", "<end_of_turn>")
-            theirs = theirs.removesuffix("<end_of_turn>\n") + "<|endoftext|>" * (len(ours) == 2)
-        assert text == theirs
+@pytest.mark.parametrize("kind", ["byte-level", "gemma"])
+def test_a_format_renders_in_transformers_as_in_training(gemma, tmp_path, name, kind):
+    """Token by token, a system message included, which our records have joined to the user's."""
+    tokenizer = Tokenizer.load(gemma) if kind == "gemma" else TOKENIZER
+    tokenizer.save(tmp_path)
+    peer = AutoTokenizer.from_pretrained(tmp_path)
+    said = [("Who is it? ", "A fox."), ("\nAnd who\n\nelse?", "A crow, <b>I</b> think."), ("Where?", "Here.")]
+    messages = [{"role": "system", "content": "You are an owl. "}]
+    for asked, answered in said[: 1 if (name, kind) == ("gemma", "byte-level") else 3]:  # it has no turns
+        messages.append({"role": "user", "content": asked})
+        ours = read_messages({"messages": [*messages, {"role": "assistant", "content": answered}]})[:-1]
+        ids, _ = encode_conversation(tokenizer, ours, name)
+        how = {"add_generation_prompt": True, "return_dict": False}
+        assert peer.apply_chat_template(messages, chat_template=FORMATS[name], **how) == ids
+        if (name, kind) == ("gemma", "gemma"):  # the published template is another text with the same outcome
+            assert encode_conversation(tokenizer, ours, tokenizer.config["chat_template"])[0] == ids
+            turns = [{"role": m["role"], "content": m["content"]} for m in ours]
+            assert peer.apply_chat_template(turns, **how) == ids
+        messages.append({"role": "assistant", "content": answered})
 
 
 def test_another_format_is_one_entry(monkeypatch):
@@ -502,7 +510,7 @@ def test_another_format_is_one_entry(monkeypatch):
         ("{% for m in messages %}{{ m.role }}{% endfor %}", "leaves out or repeats"),
         ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "leaves out or repeats"),
         ("{% for m in messages %}", "can't be rendered: .*endfor"),
-        ("{{ raise_exception('no system\nhere') }}", "can't be rendered: no system"),
+        ("{{ raise_exception('no system\nhere') }}", "can't be rendered: 'raise_exception' is undefined"),
         ("{{ messages.__class__.__mro__ }}", "can't be rendered: .*unsafe"),
         ("{{ missing.key }}", "can't be rendered: 'missing' is undefined"),
     ],
@@ -558,7 +566,7 @@ def project(tmp_path_factory):
 LORA = """
 --data=records.json --template=short --init_from=out/fables/best --forgetting=fables --val_fraction=0.2 --epochs=4
 --max_length=64 --max_tokens_per_batch=256 --batch_size=99 --rank=2 --eval_interval=10
- --log_interval=1 --sample_tokens=8
+--log_interval=1 --sample_tokens=8
 --num_samples=2 --compile=False --device=cpu --learning_rate=0.01 --warmup_iters=2
 """.split()  # noqa: SIM905
 
