@@ -6,9 +6,17 @@ Instruction-tune a Gemma 3 with LoRA, or all of it (--rank=0). The loop is train
     python sample.py --adapter=out/lora-fables/best --instruct="Tell a fable about a cat named Pim who eats too much."
 
 LoRA (Hu et al. 2021) replaces a linear layer W by W + scale * B A, with A (rank, in) and B (out, rank) alone trained. B
-starts at zero, so training starts from the model as it was. Adapters are saved in PEFT's format and open in PEFT.
+starts at zero, so training starts from the model as it was. Adapters are saved in PEFT's format and open in PEFT. In a
+loop of one's own:
+
+    model = add_lora(Gemma.from_pretrained("out/fables/best"), rank=8)    # train what requires a gradient, then
+    save_adapter(model, "out/mine")                                       # and later
+    model = merge_lora(load_adapter(Gemma.from_pretrained("out/fables/best"), "out/mine"))
 """
 
+import functools
+import importlib
+import itertools
 import json
 import math
 import re
@@ -17,310 +25,34 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
 
-from config import NO_LIMIT, UserError, check_range, run
-from prepare import Tokenizer, hub_directory, is_held_out, load_from_hub, read_rows
+from config import NO_LIMIT, UserError, check_range, run, user_errors
+from model import complete, read_json, read_tensor, tensor_shapes, weights_fingerprint
+from prepare import CORPORA, Tokenizer, hub_directory, intact_dir, is_held_out, load_from_hub, read_rows
 from train import (
     PretrainConfig,
     Pretraining,
     TrainConfig,
-    deal,
+    Trainer,
+    epoch_shuffled_indices,
     evaluate,
-    leave,
-    make_optimizers,
+    loading_device,
     open_dataset,
     open_model,
-    place,
+    pick_dtype,
     rank,
     read_state,
-    resume_optimizers,
+    resolve_out_dir,
     save_checkpoint,
-    shard,
-    start_out_dir,
-    start_system,
-    train,
-    whole_checkpoint,
+    set_up,
+    shutdown_distributed,
+    warmup_updates,
 )
-
-# ----------------------------------------------------------------------------------------------------------------------
-# LoRA itself
-
-
-class LoRALinear(nn.Module):
-    """A frozen linear layer with a low-rank addition: base(x) + scale * B(A(dropout(x)))."""
-
-    def __init__(self, base, rank, scale, dropout):
-        super().__init__()
-        self.base_layer = base
-        self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=base.weight.device)
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=base.weight.device)
-        self.scale = scale
-        self.dropout = nn.Dropout(dropout)
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # as PEFT does
-        nn.init.zeros_(self.lora_B.weight)  # so that at first nothing changes
-
-    def forward(self, x):
-        base = self.base_layer(x.to(self.base_layer.weight.dtype))
-        return base + self.lora_B(self.lora_A(self.dropout(x))) * self.scale
-
-
-def lora_layers(model):
-    """(name, layer) of every LoRALinear in the model."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear)]
-
-
-def set_module(model, name, module):
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
-def add_lora(model, rank, alpha, dropout=0.0, targets="all-linear", rslora=False):
-    """Put a LoRALinear around the targeted nn.Linear modules, in place, and freeze everything else.
-
-    targets: "all-linear" or module names, as "q_proj,v_proj". The scale is alpha / rank, or alpha / sqrt(rank) with
-    rslora (Kalajdzievski 2023). Raises ValueError for a target that matches nothing."""
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    kinds = {name.rpartition(".")[2] for name in linears}
-    wanted = kinds if targets == "all-linear" else {target.strip() for target in targets.split(",")}
-    if missing := wanted - kinds:
-        raise ValueError(
-            f"LoRA targets {', '.join(sorted(missing))} match nothing; there are {', '.join(sorted(kinds))}"
-        )
-    model.requires_grad_(False)
-    scale = alpha / (math.sqrt(rank) if rslora else rank)
-    for name, linear in linears.items():
-        if name.rpartition(".")[2] in wanted:
-            set_module(model, name, LoRALinear(linear, rank, scale, dropout))
-    return model
-
-
-def keep_base_in(model, dtype):
-    """Keep the frozen layers' weights in the dtype that autocast multiplies them in: the same products, half the memory
-    in bfloat16, and no cast at every step. What a merge reads is the file's."""
-    for _, layer in lora_layers(model):
-        layer.base_layer.to(dtype)
-
-
-@torch.no_grad()
-def merge_lora(model):
-    """Fold the adapters into their base layers, in place: the plain model again, with the same function."""
-    for name, layer in lora_layers(model):
-        base = layer.base_layer
-        delta = layer.lora_B.weight.float() @ layer.lora_A.weight.float() * layer.scale
-        base.weight.copy_(base.weight.float() + delta)
-        set_module(model, name, base)
-    return model
-
-
-def save_adapter(model, path, settings, weights=None):
-    """Write adapter_config.json and adapter_model.safetensors as PEFT does. settings: base_model, rank, alpha, dropout,
-    rslora. weights: a state dict to write in place of the model's own."""
-    layers, weights = lora_layers(model), weights or model.state_dict()
-    about = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(settings["base_model"]),
-        "r": settings["rank"],
-        "lora_alpha": settings["alpha"],
-        "lora_dropout": settings["dropout"],
-        "use_rslora": settings["rslora"],
-        "target_modules": sorted({name.rpartition(".")[2] for name, _ in layers}),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n")
-    tensors = {
-        f"base_model.model.{name}.{part}.weight": weights[f"{name}.{part}.weight"].detach().contiguous()
-        for name, _ in layers
-        for part in ("lora_A", "lora_B")
-    }
-    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def load_adapter(model, path, dropout=None):
-    """Put the adapter of a PEFT directory into a plain model, in place. Raises ValueError where it does not fit."""
-    path = Path(path)
-    about = json.loads((path / "adapter_config.json").read_text())
-    unknown = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if about.get(key)]
-    if about.get("peft_type") != "LORA" or unknown:
-        raise ValueError(f"{path}: only plain LoRA adapters can be read, not {unknown or about.get('peft_type')}")
-    targets = about["target_modules"]
-    targets = targets if isinstance(targets, str) else ",".join(targets)
-    dropout = about.get("lora_dropout", 0.0) if dropout is None else dropout
-    try:
-        weights = load_file(path / "adapter_model.safetensors")
-    except SafetensorError as e:
-        raise ValueError(f"{path / 'adapter_model.safetensors'}: {e}") from None
-    if odd := [name for name, w in weights.items() if "lora_A" in name and list(w.shape[:1]) != [about["r"]]]:
-        raise ValueError(f"{path}: {odd[0]} is not of rank {about['r']}")
-    add_lora(model, about["r"], about["lora_alpha"], dropout, targets, about.get("use_rslora", False))
-    expected = {
-        f"base_model.model.{name}.{part}.weight": getattr(layer, part).weight
-        for name, layer in lora_layers(model)
-        for part in ("lora_A", "lora_B")
-    }
-    if odd := sorted(set(weights) ^ set(expected)):
-        raise ValueError(f"{path}: the adapter and the model do not fit: {odd[0]} and {len(odd) - 1} more")
-    with torch.no_grad():
-        for name, weight in expected.items():
-            if weight.shape != weights[name].shape:
-                raise ValueError(
-                    f"{path}: {name} is {tuple(weights[name].shape)}, the model needs {tuple(weight.shape)}"
-                )
-            weight.copy_(weights[name])
-    return model
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# instruction records
-
-# what a turn looks like, with and without an input
-TEMPLATES = {
-    "alpaca": {
-        "with_input": "Below is an instruction that describes a task, paired with an input that provides further "
-        "context. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n{response}",
-        "without": "Below is an instruction that describes a task. Write a response that appropriately completes the "
-        "request.\n\n### Instruction:\n{instruction}\n\n### Response:\n{response}",
-    },
-    "short": {
-        "with_input": "Input: {input}\nInstruction: {instruction}\nResponse: {response}",
-        "without": "Instruction: {instruction}\nResponse: {response}",
-    },
-    "gemma": {
-        "with_input": "<start_of_turn>user\n{instruction}\n\n{input}<end_of_turn>\n<start_of_turn>model\n{response}",
-        "without": "<start_of_turn>user\n{instruction}<end_of_turn>\n<start_of_turn>model\n{response}",
-    },
-}
-
-
-def split_template(template, kind):
-    """[(what stands before a field, "" or the space right before it, the field's name), ...]. Such a space is encoded
-    with the field's text: most tokenizers have words with the space before them."""
-    return re.findall(r"([^{]*?)( ?){(\w+)}", TEMPLATES[template][kind])
-
-
-def encode_conversation(tokenizer, turns, template):
-    """Token ids of a conversation, and for each whether it belongs to a response, its end included.
-
-    turns: [(instruction, input, response), ...]; a response of None is still to come. Training and sampling both go
-    through here, so their prompts can't differ."""
-    ids, is_response = [tokenizer.bos], [False]
-
-    def add(text, markers=False, response=False):
-        ids.extend(map(int, tokenizer.encode(text, markers)))
-        is_response.extend([response] * (len(ids) - len(is_response)))
-
-    end = end_of_response(tokenizer, template)
-    for i, (instruction, context, response) in enumerate(turns):
-        if i and end != tokenizer.eot:  # Gemma's turns stand on lines of their own
-            add("\n")
-        texts = {"instruction": instruction.strip(), "input": context.strip(), "response": response}
-        for before, space, field in split_template(template, "with_input" if context else "without"):
-            add(before, markers=True)
-            if texts[field]:
-                add(space + texts[field], response=field == "response")
-        if response is not None:
-            ids.append(end)
-            is_response.append(True)
-    return ids, is_response
-
-
-def template_of(path, tokenizer):
-    """The template that the model or adapter in a directory was instructed with; None for a plain model."""
-    ours, published = path / "instruct.json", path / "generation_config.json"
-    try:
-        template = json.loads(ours.read_text())["template"] if ours.exists() else None
-        stops = json.loads(published.read_text()).get("eos_token_id") if published.exists() else None
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{path}: {ours.name} or {published.name} is damaged: {type(e).__name__}: {e}") from None
-    if template in TEMPLATES:
-        return template
-    if template is not None:
-        raise UserError(f"{ours}: no such template as {template!r}, known are {', '.join(TEMPLATES)}")
-    end = end_of_response(tokenizer, "gemma")
-    # a published model that has learned to take turns stops at the end of one too
-    return "gemma" if isinstance(stops, list) and end in stops and end != tokenizer.eot else None
-
-
-def chat_template(tokenizer, template):
-    """encode_conversation's rendering in Jinja, for tokenizer_config.json: transformers, vLLM and llama.cpp then put
-    chat messages to a tuned model in the form it knows."""
-    (before, space, _), (after, lead, _) = split_template(template, "without")
-    takes_turns = end_of_response(tokenizer, template) != tokenizer.eot
-    parts = {
-        "BEFORE": before + space,
-        "AFTER": after,
-        "LEAD": lead,
-        "END": "<end_of_turn>" if takes_turns else tokenizer.eot_token,
-        "BETWEEN": "\n" if takes_turns else "",
-    }
-    jinja = (
-        "{{ bos_token }}{% for m in messages %}"
-        "{% if m.role == 'assistant' %}{{ LEAD + m.content + END }}{{ '' if loop.last else BETWEEN }}"
-        "{% elif loop.first or loop.previtem.role == 'assistant' %}{{ BEFORE + m.content | trim }}"
-        "{% else %}{{ '\\n\\n' + m.content | trim }}{% endif %}"  # a system message, then the user's
-        "{% if m.role != 'assistant' and (loop.last or loop.nextitem.role == 'assistant') %}{{ AFTER }}{% endif %}"
-        "{% endfor %}"
-    )
-    return re.sub("|".join(parts), lambda found: json.dumps(parts[found[0]], ensure_ascii=False), jinja)
-
-
-def end_of_response(tokenizer, template):
-    """The token that ends a response: Gemma's end of turn where template and tokenizer have it, else end-of-text."""
-    marker = tokenizer.encode("<end_of_turn>", markers=True)
-    is_special = len(marker) == 1 and int(marker[0]) in tokenizer.special_ids
-    return int(marker[0]) if template == "gemma" and is_special else tokenizer.eot
-
-
-def read_turns(record, source):
-    """The conversation in a record of any usual shape: [(instruction, input, response), ...]."""
-    messages = record.get("messages") or record.get("conversations")
-    if messages:
-        turns, asked = [], []  # asked: what has been said since the last response, a system message included
-        for message in messages:
-            text = message.get("content", message.get("value")) or ""
-            if message.get("role", message.get("from")) in ("assistant", "gpt", "model"):
-                turns.append(("\n\n".join(asked), "", text))
-                asked = []
-            else:
-                asked.append(text)
-        return turns
-    for asks, context, answers in (
-        ("instruction", "input", "output"),
-        ("instruction", "context", "response"),
-        ("prompt", "input", "completion"),
-    ):
-        if asks in record and answers in record:
-            fields = (record.get(name) for name in (asks, context, answers))
-            return [tuple("" if field is None else str(field) for field in fields)]
-    raise UserError(
-        f"{source}: a record has {', '.join(record)}; known are instruction/input/output, "
-        "instruction/context/response, prompt/completion and messages"
-    )
-
-
-HUB_RECORDS = {"alpaca": "tatsu-lab/alpaca", "dolly": "databricks/databricks-dolly-15k"}
-
-
-def read_records(source):
-    """The instruction records of alpaca, dolly, a Hub id, or a .json, .jsonl or .parquet file: an iterable of dicts."""
-    path = Path(source)
-    if not path.exists():
-        if path.suffix in (".json", ".jsonl", ".parquet"):
-            raise UserError(f"--data={source}: no such file")
-        splits = load_from_hub(HUB_RECORDS.get(source, source), "data")
-        return splits.get("train") or next(iter(splits.values()))
-    return read_rows(path)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# instruction tuning
 
 
 @dataclass
@@ -334,284 +66,667 @@ class LoraConfig:
     targets: str = "all-linear"  # which linear layers, as q_proj,v_proj
     rslora: bool = False  # adapters count alpha / sqrt(rank) instead
     lora_dropout: float = 0.0  # on the adapters' input
-    epochs: float = 1.0  # over the records; sets max_iters
+    epochs: float = 0.0  # over the records; 0: 3, or as many as make 100 updates
     max_records: int = 0  # use so many records; 0: all (fables: 12,000)
     max_length: int = 512  # tokens of prompt and response; longer prompts lose their beginning
     max_tokens_per_batch: int = 4096  # padding included; records of like length share a batch
-    batch_size: int = 0  # records per batch at most; 0: as many as the tokens allow
-    val_fraction: float = 0.05  # share of the records held out
-    num_checked: int = 200  # held-out fable instructions answered and checked, before and after
+    batch_size: int = 0  # records per batch at most; 0: a hundredth of them, at least 4, if the tokens allow
+    val_fraction: float = 0.05  # share of the records held out; of few records more, to have about 8
+    num_checked: int = 1200  # held-out fable instructions answered and checked, before and after
     forgetting: str = ""  # a prepared dataset to measure bits per byte on, before and after, as fables
     forgetting_block_size: int = 512  # in rows of so many tokens; best those that the model was trained on
     num_samples: int = 4  # answers shown before and after
     top_k: int = 5  # for those answers
-    merge: bool = False  # at the end also save the merged model, to out_dir/merged
+    merge: bool = False  # at the end also save the best adapter merged into its model, to out_dir/merged
 
     def __post_init__(self):
-        if self.template and self.template not in TEMPLATES:
-            raise ValueError(f"template={self.template!r} must be one of {', '.join(TEMPLATES)}")
-        check_range(self, 0, NO_LIMIT, "rank", "batch_size", "max_records", "num_checked", "num_samples", "top_k")
+        if self.template and self.template not in FORMATS:
+            raise ValueError(f"template={self.template!r} must be one of {', '.join(FORMATS)}")
         check_range(self, 2, NO_LIMIT, "max_length")
         check_range(self, self.max_length, NO_LIMIT, "max_tokens_per_batch")
         check_range(self, 1, NO_LIMIT, "forgetting_block_size")
-        check_range(self, 1e-6, 1e6, "epochs", "alpha")
+        check_range(self, 1e-6, 1e6, "alpha")
+        check_range(self, 0, 1e6, "epochs")
         check_range(self, 1e-6, 0.999, "val_fraction")
         check_range(self, 0, 0.99, "lora_dropout")
 
 
-class Tuning:
-    """Instruction tuning, as train.py's loop wants it: what Pretraining is for pretraining."""
+@dataclass
+class TuneConfig(TrainConfig):
+    """What every run of the loop needs, with defaults for tuning."""
+
+    out_dir: str = ""  # where checkpoints and logs go; by default out/lora-<data>
+    init_from: str = ""  # the model to tune, a directory or a Hub id of a Gemma 3; or resume (out_dir/last)
+    max_iters: int | None = None  # updates; by default as many as epochs makes
+    optimizer: str = "adamw"  # adamw or muon
+    learning_rate: float | None = None  # the peak; by default 0.5 / hidden_size, a tenth of it for all weights
+    warmup_iters: float = 0.05  # updates of linear warmup; below 1: that share of max_iters
+    cooldown_frac: float = 0.8  # share of max_iters in which schedule=wsd comes down
+    eval_interval: int | None = (
+        None  # updates between evaluations, each with a checkpoint and a sample; default: epochs
+    )
+    compile: bool = False  # torch.compile the model: slow to start, as batches come in many shapes
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LoRA itself
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with a low-rank addition: base(x) + scale * B(A(dropout(x)))."""
+
+    def __init__(self, base, rank, alpha, dropout=0.0, rslora=False):
+        super().__init__()
+        self.base_layer = base
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=base.weight.device)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=base.weight.device)
+        self.dropout = nn.Dropout(dropout)
+        self.rank, self.alpha, self.rslora = rank, alpha, rslora
+        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # as PEFT does
+        nn.init.zeros_(self.lora_B.weight)  # so that at first nothing changes
+
+    def forward(self, x):
+        base = self.base_layer(x.to(self.base_layer.weight.dtype))
+        return base + self.lora_B(self.lora_A(self.dropout(x))) * self.scale
+
+
+def add_lora(model, rank=8, alpha=16, dropout=0.0, targets="all-linear", rslora=False):
+    """Put a LoRALinear around the targeted nn.Linear modules, in place, and freeze everything else.
+
+    targets: "all-linear" or module names, as "q_proj,v_proj". The scale is alpha / rank, or alpha / sqrt(rank) with
+    rslora (Kalajdzievski 2023). Raises ValueError for a target that matches nothing."""
+    if lora_layers(model):
+        raise ValueError("the model has an adapter already: merge_lora(model) first")
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    kinds = {name.rpartition(".")[2] for name in linears}
+    wanted = kinds if targets == "all-linear" else {target.strip() for target in targets.split(",")}
+    if missing := sorted(wanted - kinds):
+        raise ValueError(f"LoRA targets {', '.join(missing)} match nothing; there are {', '.join(sorted(kinds))}")
+    model.requires_grad_(False)
+    for name, linear in linears.items():
+        if name.rpartition(".")[2] in wanted:
+            set_module(model, name, LoRALinear(linear, rank, alpha, dropout, rslora))
+    return model
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """Fold the adapters into their base layers, in place: the plain model again, with the same function."""
+    for name, layer in lora_layers(model):
+        base = layer.base_layer
+        delta = layer.lora_B.weight.float() @ layer.lora_A.weight.float() * layer.scale
+        base.weight.copy_(base.weight.float() + delta)
+        set_module(model, name, base)
+    return model
+
+
+def lora_layers(model):
+    """(name, layer) of every LoRALinear in the model."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+
+
+def set_module(model, name, module):
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# instruction data: conversations are lists of messages, dicts of role ("user" or "assistant") and content; a user's
+# message may have an input, the text that its content is about
+
+# what a user asks, after what a system message before it says
+ASKED = (
+    "{% if not loop.first and loop.previtem.role == 'system' %}{{ loop.previtem.content | trim + '\\n\\n' }}{% endif %}"
+    "{{ m.content | trim }}"
+)
+# instruction formats: chat templates in Jinja, which transformers, vLLM and llama.cpp read too. A response ends with
+# the special token right after it; where there is none, with end-of-text
+FORMATS = {
+    "alpaca": "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'assistant' %}{{ m.content }}{{ eos_token }}"
+    "{% elif m.role == 'user' %}Below is an instruction that describes a task"
+    "{% if m.input %}, paired with an input that provides further context{% endif %}"
+    ". Write a response that appropriately completes the request.\n\n### Instruction:\n" + ASKED +
+    "{% if m.input %}{{ '\\n\\n' }}### Input:\n{{ m.input | trim }}{% endif %}{{ '\\n\\n' }}### Response:\n"
+    "{% endif %}{% endfor %}",
+    "short": "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
+    "{% elif m.role == 'user' %}{% if m.input %}Input: {{ m.input | trim }}\n{% endif %}"
+    "Instruction: " + ASKED + "{{ '\\n' }}Response:"
+    "{% endif %}{% endfor %}",
+    "gemma": "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'assistant' %}<start_of_turn>model\n{{ m.content }}<end_of_turn>\n"
+    "{% elif m.role == 'user' %}<start_of_turn>user\n" + ASKED +
+    "{% if m.input %}{{ '\\n\\n' + m.input | trim }}{% endif %}<end_of_turn>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+}  # fmt: skip
+
+
+def encode_conversation(tokenizer, messages, template):
+    """Token ids of a conversation, and for each whether it belongs to a response, its end included.
+
+    template: one of FORMATS, or any chat template. Where the last message is a user's, the ids are a prompt for the
+    response. Training and sampling both go through here, so their prompts can't differ. Contents are encoded by
+    themselves: the name of a special token in one is text."""
+    template = FORMATS.get(template, template)
+    texts, marked = [], []  # the contents, and the messages with a mark in place of each
+    for message in messages:
+        is_response, marks = message["role"] == "assistant", {}
+        for key in ("content", "input"):
+            text = message.get(key) or ""
+            if text or key == "content":
+                marks[key] = f"\0{len(texts)}\0"
+                texts.append((text if is_response else text.strip(), is_response))
+        if template not in FORMATS.values():  # others know no input
+            marks = {"content": "\n\n".join(marks.values())}
+        marked.append({"role": message["role"], **marks})
+    # the format's own text, a space or none, a content's number, own text, ...
+    pieces = re.split(r"( ?)\0(\d+)\0", render(template, marked, tokenizer))
+    if sorted(map(int, pieces[2::3])) != list(range(len(texts))):
+        raise UserError("this chat template leaves out or repeats what was said: choose another format by --template")
+    parts, is_response = [([tokenizer.bos], False)], False
+    for own, space, number in zip(pieces[::3], [*pieces[1::3], ""], [*pieces[2::3], ""], strict=True):
+        ids = tokenizer.encode(own, markers=True).tolist()
+        if is_response:  # its end is learned too
+            parts.append(([ids.pop(0) if ids and ids[0] in tokenizer.special_ids else tokenizer.eot], True))
+        if number or not is_response:  # nothing follows the last response
+            parts.append((ids, False))
+        if number:
+            text, is_response = texts[int(number)]
+            # most tokenizers have words with the space before them
+            parts.append((tokenizer.encode(space + text).tolist() if text else [], is_response))
+    return [t for ids, _ in parts for t in ids], [flag for ids, flag in parts for _ in ids]
+
+
+def render(template, messages, tokenizer):
+    """The text of messages in a chat template, without the token that a text begins after."""
+    with user_errors("the chat template can't be rendered"):
+        text = compile_template(template).render(
+            messages=messages,
+            bos_token=tokenizer.bos_token,
+            eos_token=tokenizer.eot_token,
+            add_generation_prompt=messages[-1]["role"] != "assistant",
+        )
+    return text.removeprefix(tokenizer.bos_token)
+
+
+@functools.cache
+def compile_template(template):
+    """A Jinja template, as transformers compiles it, in a sandbox: published models bring templates of their own."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template)
+
+
+def end_of_response(tokenizer, template):
+    """The token that ends a response in this format."""
+    ids, _ = encode_conversation(tokenizer, exchange("a", "", "b"), template)
+    return ids[-1]
+
+
+def exchange(instruction, context, response):
+    """An instruction and its response, as messages."""
+    asked = {"role": "user", "content": instruction, "input": context}
+    return [asked, {"role": "assistant", "content": response}]
+
+
+def read_messages(record):
+    """The conversation in a record of any usual shape, as messages; a system message joins the user's after it. Raises
+    UserError for a record of another shape."""
+    messages, asked = [], []  # asked: what has been said since the last response
+    for message in record.get("messages") or record.get("conversations") or []:
+        text = message.get("content", message.get("value")) or ""
+        if not isinstance(text, str):
+            raise UserError(f"the content of a message is {type(text).__name__}, not text")
+        if message.get("role", message.get("from")) in ("assistant", "gpt", "model"):
+            messages += exchange("\n\n".join(asked), "", text)
+            asked = []
+        else:
+            asked.append(text.strip())
+    if messages or asked:
+        return messages or exchange("\n\n".join(asked), "", "")  # without a response: with an empty one
+    for keys in RECORD_SHAPES:
+        if keys[0] in record and keys[2] in record:
+            return exchange(*("" if record.get(key) is None else str(record[key]) for key in keys))
+    known = ", ".join(map("/".join, RECORD_SHAPES))
+    raise UserError(f"it has {', '.join(record)}; known are {known} and messages")
+
+
+# what a record's instruction, input and response may be called
+RECORD_SHAPES = [
+    ("instruction", "input", "output"),
+    ("instruction", "context", "response"),
+    ("prompt", "input", "completion"),
+]
+HUB_RECORDS = {"alpaca": "tatsu-lab/alpaca", "dolly": "databricks/databricks-dolly-15k"}
+
+
+def open_records(cfg, seed):
+    """The instruction data: (training conversations, held-out conversations)."""
+    if cfg.data in CORPORA:
+        corpus = importlib.import_module(CORPORA[cfg.data])
+        held_out = corpus.records(seed, cfg.num_checked, held_out=True)
+        return list(corpus.records(seed, cfg.max_records or 12_000)), list(held_out)
+    if Path(cfg.data).exists():
+        records = read_rows(Path(cfg.data))
+    elif Path(cfg.data).suffix in (".json", ".jsonl", ".parquet"):
+        raise UserError(f"--data={cfg.data}: no such file")
+    else:
+        splits = load_from_hub(HUB_RECORDS.get(cfg.data, cfg.data), "data")
+        records = splits.get("train") or next(iter(splits.values()))
+    conversations, split = [], ([], [])
+    for i, record in enumerate(itertools.islice(records, cfg.max_records or None)):
+        with user_errors(f"--data={cfg.data}, record {i + 1}"):
+            conversations.append(read_messages(record))
+    fraction = max(cfg.val_fraction, min(0.5, 8 / max(1, len(conversations))))
+    for messages in conversations:
+        split[is_held_out(json.dumps(messages), fraction)].append(messages)
+    return split
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# instruction tuning
+
+
+class InstructionTuning:
+    """Instruction tuning, as a task for Trainer."""
 
     floor_loss = None
-    lower_memory = "lower max_tokens_per_batch, and raise gradient_accumulation_steps as much"
+    memory_hint = "lower max_tokens_per_batch, and raise gradient_accumulation_steps as much"
 
-    def __init__(self, cfg, loop, model, base_model, tokenizer, train_records, val_records):
-        self.cfg, self.loop, self.model, self.base_model, self.tokenizer = cfg, loop, model, base_model, tokenizer
-        self.end = end_of_response(tokenizer, cfg.template)
+    def __init__(
+        self, lora_cfg, cfg, model, tokenizer, template, train_records, val_records, base_model="", about=None
+    ):
+        """template: the format, a chat template. base_model: the name of the model that is tuned. about: what a
+        checkpoint says of itself, for sample.py."""
+        self.lora_cfg, self.cfg, self.model, self.tokenizer = lora_cfg, cfg, model, tokenizer
+        self.template, self.base_model, self.about = template, base_model, about or {}
+        self.end = end_of_response(tokenizer, template)
         self.dropped = 0
         self.train_set, _ = self.encode_all(train_records)
         self.val_set, self.val_records = self.encode_all(val_records)
         for name, records in (("train", self.train_set), ("held-out", self.val_set)):
             if not records:
-                raise UserError(f"--data={cfg.data}: no {name} record has a response within {cfg.max_length} tokens")
+                raise UserError(
+                    f"--data={lora_cfg.data}: no {name} record has a response within {lora_cfg.max_length} tokens"
+                )
         self.train_batches, self.val_batches = self.group(self.train_set), self.group(self.val_set)
 
     def encode_all(self, conversations):
-        """Conversations -> [(ids, is_response)], and those kept. Too long ones lose what was said first; where the last
-        response alone is too long, or empty, the conversation is dropped."""
-        encoded, kept, limit = [], [], self.cfg.max_length
-        for turns in conversations:
-            ids, is_response = encode_conversation(self.tokenizer, turns, self.cfg.template)
+        """Conversations -> [(ids, targets)], those kept. Targets: the responses' ids, elsewhere -100. Too long ones
+        lose what was said first; where the last response alone is too long, or empty, the conversation is dropped."""
+        encoded, kept, limit = [], [], self.lora_cfg.max_length
+        for messages in conversations:
+            ids, is_response = encode_conversation(self.tokenizer, messages, self.template)
             length = is_response[::-1].index(False)  # of the last response
             if not 1 < length < limit:
                 self.dropped += 1
                 continue
-            if len(ids) > limit:
-                cut = len(ids) - limit + 1  # the first token stays
-                while is_response[cut] and cut < len(ids) - length:  # half a response is nothing to learn
-                    cut += 1
-                ids, is_response = ids[:1] + ids[cut:], is_response[:1] + is_response[cut:]
-            encoded.append((torch.tensor(ids), torch.tensor(is_response)))
-            kept.append(turns)
+            cut = max(1, len(ids) - limit + 1)  # the first token stays
+            while cut > 1 and is_response[cut] and cut < len(ids) - length:  # half a response is nothing to learn
+                cut += 1
+            targets = [t if learned else -100 for t, learned in zip(ids, is_response, strict=True)]
+            encoded.append((torch.tensor(ids[:1] + ids[cut:]), torch.tensor(targets[:1] + targets[cut:])))
+            kept.append(messages)
         return encoded, kept
 
     def group(self, encoded):
         """Batches, as lists of record numbers: records of like length together, within max_tokens_per_batch."""
         lengths = np.array([len(ids) for ids, _ in encoded])
+        size = self.lora_cfg.batch_size or max(4, round(len(lengths) / 100))
         batches, batch = [], []
         for i in np.argsort(lengths, kind="stable"):
             tokens = (len(batch) + 1) * lengths[i]  # the longest comes last
-            if batch and (tokens > self.cfg.max_tokens_per_batch or len(batch) == self.cfg.batch_size):
+            if batch and (tokens > self.lora_cfg.max_tokens_per_batch or len(batch) == size):
                 batches.append(batch)
                 batch = []
             batch.append(int(i))
         return [*batches, batch]
 
     def collate(self, encoded, batch):
-        """Inputs and targets (B, T): targets are the responses' tokens, the rest is -100."""
-        T = max(len(encoded[i][0]) for i in batch) - 1
-        x = torch.full((len(batch), T), self.tokenizer.eot)
-        y = torch.full((len(batch), T), -100)
-        for row, i in enumerate(batch):
-            ids, is_response = encoded[i]
-            x[row, : len(ids) - 1] = ids[:-1]
-            y[row, : len(ids) - 1] = torch.where(is_response, ids, -100)[1:]
-        return x, y
+        """Inputs and targets (B, T) of a batch."""
+        ids, targets = zip(*(encoded[i] for i in batch), strict=True)
+        x = pad_sequence([t[:-1] for t in ids], batch_first=True, padding_value=self.tokenizer.eot)
+        return x, pad_sequence([t[1:] for t in targets], batch_first=True, padding_value=-100)
 
-    def updates(self, step):
-        taken = deal(len(self.train_batches), self.loop.gradient_accumulation_steps, self.loop.seed, step)
+    def micro_batches(self, step):
+        taken = epoch_shuffled_indices(
+            len(self.train_batches), self.cfg.gradient_accumulation_steps, self.cfg.seed, step
+        )
         return [self.collate(self.train_set, self.train_batches[i]) for i in taken]
 
-    def validation(self):
+    def validation_batches(self):
         for batch in self.val_batches:
             yield self.collate(self.val_set, batch)
 
-    def padding(self):
-        """Share of the training batches that is padding."""
-        lengths = [[len(self.train_set[i][0]) for i in batch] for batch in self.train_batches]
-        return 1 - sum(map(sum, lengths)) / sum(len(batch) * max(batch) for batch in lengths)
+    def metrics(self, loss):
+        results = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 99))}
+        line = f"response loss {loss:.4f}, perplexity {results['val_perplexity']:.3f} on held-out records"
+        return results, line
 
-    def describe(self, loss):
-        perplexity = math.exp(min(loss, 99))
-        results = {"val_loss": loss, "val_perplexity": perplexity}
-        return results, f"response loss {loss:.4f}, perplexity {perplexity:.3f} on held-out records"
-
-    def answer(self, turns, max_new_tokens, **how):
-        """The model's own last response to a conversation."""
-        (instruction, context, _), history = turns[-1], turns[:-1]
-        ids, _ = encode_conversation(self.tokenizer, [*history, (instruction, context, None)], self.cfg.template)
-        limit = self.model.config.max_position_embeddings
-        max_new_tokens = min(max_new_tokens, limit // 2)
-        room = limit - max_new_tokens
-        prompt = torch.tensor([ids[:1] + ids[1:][1 - room :]], device=self.model.device)
-        stops = [self.end, self.tokenizer.eot]
-        made = [t.item() for t in self.model.generate(prompt, max_new_tokens, stop_ids=stops, **how)]
-        return self.tokenizer.decode([t for t in made if t not in stops]).strip()
+    def answers(self, conversations, max_new_tokens, **sampling):
+        """The model's own last response to each conversation, of max_new_tokens (a list) at most."""
+        limit, stops = self.model.config.max_position_embeddings, [self.end, self.tokenizer.eot]
+        max_new_tokens = [min(n, limit // 2) for n in max_new_tokens]
+        prompts = [encode_conversation(self.tokenizer, messages[:-1], self.template)[0] for messages in conversations]
+        answers = [""] * len(prompts)
+        order = np.argsort([len(ids) for ids in prompts], kind="stable")  # prompts of like length share a batch
+        for batch in np.split(order, range(64, len(order), 64)):
+            limits = [max_new_tokens[i] for i in batch]
+            # too long ones lose what was said first
+            fitting = [prompts[i][:1] + prompts[i][1:][1 - limit + n :] for i, n in zip(batch, limits, strict=True)]
+            texts = complete(self.model, self.tokenizer, fitting, limits, stop_ids=stops, **sampling)
+            for i, text in zip(batch, texts, strict=True):
+                answers[i] = text.strip()
+        return answers
 
     def sample(self):
         """The first held-out instruction, and the answer to it as the model stands."""
-        turns = self.val_records[0]
-        answer = self.answer(turns, self.loop.sample_tokens, top_k=self.cfg.top_k, seed=self.loop.seed)
-        return f"{turns[-1][0]} {turns[-1][1]}\n  -> {answer}"
+        messages = self.val_records[0]
+        (answer,) = self.answers([messages], [self.cfg.sample_tokens], top_k=self.lora_cfg.top_k, seed=self.cfg.seed)
+        return f"{messages[-2]['content']} {messages[-2]['input']}\n  -> {answer}"
 
-    def write_model(self, path, weights):
+    def save_model(self, path, weights):
         """The adapter; or the whole model, where all of it was trained or the adapter has been merged."""
         if lora_layers(self.model):
-            cfg = self.cfg
-            settings = {"rank": cfg.rank, "alpha": cfg.alpha, "dropout": cfg.lora_dropout, "rslora": cfg.rslora}
-            save_adapter(self.model, path, {"base_model": self.base_model, **settings}, weights)
+            save_adapter(self.model, path, self.base_model, weights)
         else:
             ends = sorted({self.tokenizer.eot, self.end})
             self.model.config.eos_token_id = ends if len(ends) > 1 else self.end
             self.model.save_pretrained(path, weights)
         self.tokenizer.save(path)
-        (path / "instruct.json").write_text(json.dumps({"template": self.cfg.template}) + "\n")  # for sample.py
+        (path / "instruct.json").write_text(json.dumps({"template": self.template, **self.about}) + "\n")
 
 
-def open_records(cfg, loop):
-    """The instruction data: (training conversations, held-out conversations, held-out fable records to check)."""
-    if cfg.data == "fables":
-        from data.fable_grammar import TASKS, conversation
+def main(lora_cfg, cfg):
+    cfg, device = set_up(cfg)
+    cfg = resolve_out_dir(cfg, f"out/lora-{Path(lora_cfg.data).stem}")
+    model, base, state = start_model(lora_cfg, cfg, device)
+    tokenizer = Tokenizer.load(base)
+    template = FORMATS.get(lora_cfg.template) or template_of(base, tokenizer) or FORMATS["alpaca"]
+    tokenizer.config["chat_template"] = template
+    about = {"base_fingerprint": weights_fingerprint(base)} if lora_cfg.rank else {}
+    records = open_records(lora_cfg, cfg.seed)
+    task = InstructionTuning(lora_cfg, cfg, model, tokenizer, template, *records, state["base_model"], about)
+    task.cfg = cfg = fill_in(lora_cfg, cfg, task)
+    plain_text = open_plain_text(lora_cfg, cfg, model, tokenizer)
+    trainer = Trainer(cfg, task, state, device)
+    print_plan(task)
+    if cfg.init_from != "resume":  # what the report compares with must survive an interruption
+        trainer.state.before = measure(trainer, plain_text)
+    trainer.fit()
+    best = intact_dir(Path(cfg.out_dir) / "best")
+    load_checkpoint(model, best)
+    after = measure(trainer, plain_text)
+    if rank() == 0:
+        report(task, trainer.state.before, after)
+        if lora_cfg.merge:
+            save_merged(task, base, best)
+    shutdown_distributed()
 
-        def told(turns):
-            return [(turn["instruction"], turn["input"], turn["output"]) for turn in turns]
 
-        checked = [
-            conversation(f"{loop.seed}/held out/{i}", TASKS[i % len(TASKS)], held_out=True)[0]
-            for i in range(cfg.num_checked)
-        ]
-        tasks = [*TASKS, "tell", "tell", "rewrite"]  # whole fables take the most learning
-        count = cfg.max_records or 12_000
-        train_records = [told(conversation(f"{loop.seed}/{i}", tasks[i % len(tasks)])) for i in range(count)]
-        return train_records, [told([turn]) for turn in checked], checked
-    train_records, val_records = [], []
-    for i, record in enumerate(read_records(cfg.data)):
-        if cfg.max_records and i >= cfg.max_records:
-            break
-        turns = read_turns(record, cfg.data)
-        held_out = is_held_out(json.dumps(turns), cfg.val_fraction)
-        (val_records if held_out else train_records).append(turns)
-    return train_records, val_records, []
+def start_model(lora_cfg, cfg, device):
+    """The model to tune, adapters put in; the directory of the model under them; and the state to train it from."""
+    last, state = intact_dir(Path(cfg.out_dir) / "last"), {"settings": asdict(lora_cfg) | asdict(cfg)}
+    if cfg.init_from in ("", "scratch"):
+        raise UserError("LoRA tunes a trained model: name its directory, as --init_from=out/fables/best")
+    if cfg.init_from == "resume":
+        if not last.is_dir():
+            raise UserError(f"--init_from=resume: no checkpoint in {last}")
+        state = read_state(last, state, ("optimizer", "rank", "alpha", "targets", "rslora"), cfg.fsdp)
+        if "base_model" not in state:
+            raise UserError(f"--init_from=resume: the run in {last} is no instruction tuning")
+    else:
+        state["base_model"] = cfg.init_from
+    base = last if cfg.init_from == "resume" and not lora_cfg.rank else hub_directory(state["base_model"])
+    model = open_model(base, loading_device(cfg, device))
+    if lora_cfg.max_length > (limit := model.config.max_position_embeddings):
+        raise UserError(f"max_length={lora_cfg.max_length} exceeds max_position_embeddings={limit}: lower it")
+    torch.manual_seed(cfg.seed)  # draws A
+    if cfg.init_from == "resume" and lora_cfg.rank:
+        check_base(last, base)
+        with user_errors(last):
+            load_adapter(model, last, lora_cfg.lora_dropout)
+    elif lora_cfg.rank:
+        with user_errors(f"--targets={lora_cfg.targets}"):
+            add_lora(model, lora_cfg.rank, lora_cfg.alpha, lora_cfg.lora_dropout, lora_cfg.targets, lora_cfg.rslora)
+    if not cfg.fsdp:  # which wants one dtype in a block
+        cast_base_weights(model, pick_dtype(cfg.dtype, device))
+    return model, base, state
 
 
-def measure(task, checked, pretraining, device, dtype):
+def fill_in(lora_cfg, cfg, task):
+    """The settings that the number of records and the size of the model decide, where they were left open."""
+    per_epoch = len(task.train_batches) / cfg.gradient_accumulation_steps
+    max_iters = max(1, round(per_epoch * (lora_cfg.epochs or max(3, 100 / per_epoch))))
+    open_settings = {
+        "max_iters": max_iters,
+        "learning_rate": (0.5 if lora_cfg.rank else 0.05) / task.model.config.hidden_size,
+        "eval_interval": math.ceil(per_epoch),
+    }
+    return replace(cfg, **{key: value for key, value in open_settings.items() if getattr(cfg, key) is None})
+
+
+def open_plain_text(lora_cfg, cfg, model, tokenizer):
+    """The text that --forgetting names, as the task whose validation shows what tuning costs; or None."""
+    if not lora_cfg.forgetting:
+        return None
+    dataset = open_dataset(lora_cfg.forgetting)
+    if dataset.tokenizer.spec["model"] != tokenizer.spec["model"]:
+        raise UserError(f"--forgetting={lora_cfg.forgetting}: prepared with another tokenizer than the model has")
+    block_size = min(lora_cfg.forgetting_block_size, model.config.max_position_embeddings)
+    return Pretraining(PretrainConfig(block_size=block_size), cfg, model, dataset)
+
+
+def print_plan(task):
+    """What will be trained, for how long and how fast."""
+    cfg, (trainable, total) = task.cfg, count_parameters(task.model)
+    per_update = cfg.gradient_accumulation_steps / len(task.train_batches)  # share of an epoch
+    tokens = sum(len(ids) for ids, _ in task.train_set) * per_update
+    print(f"data: {len(task.train_set):,} records to learn, {len(task.val_set):,} held out, {task.dropped:,} dropped")
+    print(f"training {trainable:,} of {total:,} parameters: {cfg.max_iters:,} updates of {tokens:,.0f} tokens, "
+          f"{cfg.max_iters * per_update:.1f} epochs; learning rate {cfg.learning_rate:.2g}, "
+          f"{warmup_updates(cfg):,.0f} updates of warmup")  # fmt: skip
+
+
+def measure(trainer, plain_text):
     """What the report compares before and after: (figures by name, the answers shown)."""
-    model = task.model
-    results = {"response loss": evaluate(model, task.validation(), device, dtype)}
-    results["response perplexity"] = math.exp(results["response loss"])
+    task, model, lora_cfg = trainer.task, trainer.model, trainer.task.lora_cfg
+    records, results = task.val_records, {"response loss": trainer.evaluate()}
+    results["response perplexity"] = math.exp(min(results["response loss"], 99))
     model.eval()
-    if checked:
-        from data.fable_grammar import follows
-
-        followed = {}
-        for turn, turns in zip(checked, task.val_records, strict=True):
-            enough = 2 * len(task.tokenizer.encode(turn["output"])) + 20
-            answer = task.answer(turns, enough, temperature=0)
-            followed.setdefault(turn["task"], []).append(follows(turn, answer))
-        for name, outcomes in sorted(followed.items()):
-            results[f"followed: {name}"] = sum(outcomes) / len(outcomes)
-        results["followed: all"] = sum(map(sum, followed.values())) / len(checked)
-    if pretraining:
-        loss = evaluate(model, pretraining.validation(), device, dtype)
-        results["bits per byte on plain text"] = pretraining.describe(loss)[0]["val_bpb"]
-    how = {"top_k": task.cfg.top_k, "seed": task.loop.seed}
-    shown = task.val_records[: task.cfg.num_samples]
-    answers = [(turns[-1], task.answer(turns, task.loop.sample_tokens, **how)) for turns in shown]
+    if lora_cfg.data in CORPORA:
+        follows = importlib.import_module(CORPORA[lora_cfg.data]).follows
+        enough = [2 * len(task.tokenizer.encode(messages[-1]["content"])) + 20 for messages in records]
+        followed = {"all": []}
+        for messages, answer in zip(records, task.answers(records, enough, temperature=0), strict=True):
+            turn = messages[-2]["turn"]
+            followed["all"].append(follows(turn, answer))
+            followed.setdefault(turn["task"], []).append(followed["all"][-1])
+        results |= {f"followed: {name}": sum(outcomes) / len(outcomes) for name, outcomes in sorted(followed.items())}
+    if plain_text:
+        loss = evaluate(model, plain_text.validation_batches(), trainer.device, trainer.dtype)
+        results["bits per byte on plain text"] = plain_text.metrics(loss)[0]["val_bpb"]
+    shown = records[: lora_cfg.num_samples]
+    limits = [task.cfg.sample_tokens] * len(shown)
+    answers = task.answers(shown, limits, top_k=lora_cfg.top_k, seed=task.cfg.seed)
     model.train()
     return results, answers
 
 
-def report(task, before, after, out_dir):
+def report(task, before, after):
     """The comparison, to the terminal and samples.txt."""
     lines = []
-    for (turn, was), (_, now) in zip(before[1], after[1], strict=True):
-        instruction, context, wanted = turn
-        lines += [f"instruction: {instruction}", *([f"input: {context}"] if context else []), f"wanted: {wanted}"]
-        lines += [f"before: {was}", f"after: {now}", ""]
-    trainable = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in task.model.parameters())
+    for messages, was, now in zip(task.val_records, before[1], after[1], strict=False):
+        asked, wanted = messages[-2:]
+        lines += [f"instruction: {asked['content']}", *([f"input: {asked['input']}"] if asked["input"] else [])]
+        lines += [f"wanted: {wanted['content']}", f"before: {was}", f"after: {now}", ""]
+    trainable, total = count_parameters(task.model)
     lines.append(f"trained: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     for name, value in before[0].items():
         lines.append(f"{name}: {value:.4f} before, {after[0][name]:.4f} after")
     text = "\n".join(lines)
     print("\n" + text)
-    with open(Path(out_dir) / "samples.txt", "a", encoding="utf-8") as f:
-        f.write("--- before and after\n" + text + "\n")
+    with open(Path(task.cfg.out_dir) / "samples.txt", "a", encoding="utf-8") as f:
+        f.write("--- before and after, of the best checkpoint\n" + text + "\n")
 
 
-def main(cfg, loop):
-    device, dtype, loop = start_system(loop)
-    loop = place(loop, f"out/lora-{Path(cfg.data).stem}")
-    settings = asdict(cfg) | asdict(loop)
-    state = {"step": 0, "tokens": 0, "seconds": 0.0, "best_val_loss": math.inf, "evaluated": -1}
-    last = whole_checkpoint(Path(loop.out_dir) / "last")
-    if loop.init_from == "scratch":
-        raise UserError("LoRA tunes a trained model: name its directory, as --init_from=out/fables/best")
-    if loop.init_from == "resume":
-        if not last.is_dir():
-            raise UserError(f"--init_from=resume: no checkpoint in {last}")
-        state = read_state(last, settings, ("optimizer", "rank", "alpha", "targets", "rslora"))
-        if "base_model" not in state:
-            raise UserError(f"--init_from=resume: the run in {last} is no instruction tuning")
-        base_model = state["base_model"] if cfg.rank else last
+def save_merged(task, base, best):
+    """Save the plain model that the best checkpoint makes, in float32, to out_dir/merged."""
+    if lora_layers(task.model):
+        check_base(best, base)
+        task.model = merge_lora(load_adapter(open_model(base, "cpu"), best))
     else:
-        base_model = loop.init_from
-    base_path = hub_directory(base_model)
-    model = open_model(base_path, "cpu" if loop.fsdp else device)
-    if cfg.max_length > (limit := model.config.max_position_embeddings):
-        raise UserError(f"max_length={cfg.max_length} exceeds the model's max_position_embeddings={limit}: lower it")
-    tokenizer = Tokenizer.load(base_path)
-    cfg = replace(cfg, template=cfg.template or template_of(base_path, tokenizer) or "alpaca")
-    if cfg.template != "gemma" or "chat_template" not in tokenizer.config:
-        tokenizer.config["chat_template"] = chat_template(tokenizer, cfg.template)
-    torch.manual_seed(loop.seed)  # draws A
-    try:
-        if loop.init_from == "resume" and cfg.rank:
-            load_adapter(model, last, cfg.lora_dropout)
-        elif cfg.rank:
-            add_lora(model, cfg.rank, cfg.alpha, cfg.lora_dropout, cfg.targets, cfg.rslora)
-    except ValueError as e:
-        raise UserError(str(e)) from None
-    if loop.fsdp:  # casts each block's weights as it gathers them
-        shard(model, dtype)
-    else:
-        keep_base_in(model, dtype)
-    train_records, val_records, checked = open_records(cfg, loop)
-    task = Tuning(cfg, loop, model, base_model, tokenizer, train_records, val_records)
-    if checked and task.dropped:
-        raise UserError(f"max_length={cfg.max_length} is too short for the fables' instructions: raise it")
-    per_epoch = len(task.train_batches) / loop.gradient_accumulation_steps
-    loop = task.loop = replace(loop, max_iters=max(1, round(cfg.epochs * per_epoch)))
-    print(f"data: {len(task.train_set):,} records to learn, {len(task.val_set):,} held out, {task.dropped:,} dropped; "
-          f"{len(task.train_batches):,} batches, {task.padding():.1%} padding")  # fmt: skip
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    print(f"training {trainable:,} of {total:,} parameters, {loop.max_iters:,} updates")
-    pretraining = None
-    if cfg.forgetting:
-        path, meta, its_tokenizer = open_dataset(cfg.forgetting)
-        if its_tokenizer.spec["model"] != tokenizer.spec["model"]:
-            raise UserError(f"--forgetting={cfg.forgetting}: prepared with another tokenizer than {base_model} has")
-        text_cfg = PretrainConfig(block_size=min(cfg.forgetting_block_size, model.config.max_position_embeddings))
-        pretraining = Pretraining(text_cfg, loop, model, tokenizer, path, meta)
-    if loop.init_from != "resume":  # what the report compares with must survive an interruption
-        state |= {"base_model": str(base_model), "before": measure(task, checked, pretraining, device, dtype)}
-        start_out_dir(loop)
-    optimizers = make_optimizers(model, loop)
-    resume_optimizers(optimizers, state.pop("optimizers", []))
-    state["settings"] = settings
-    train(loop, task, optimizers, state, device, dtype)
-    after = measure(task, checked, pretraining, device, dtype)
+        task.model = open_model(best, "cpu")
+    task.about = {}
+    save_checkpoint(Path(task.cfg.out_dir) / "merged", task.save_model, task.model.state_dict())
+
+
+def count_parameters(model):
+    """(trained, all)"""
+    return tuple(sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# adapters on disk, in PEFT's format, and what a checkpoint says of itself
+
+
+def save_adapter(model, path, base_model="", weights=None):
+    """Write adapter_config.json and adapter_model.safetensors as PEFT does. base_model: a directory or Hub id, for
+    those who open it. weights: a state dict to write in place of the model's own."""
+    layers, path, weights = lora_layers(model), Path(path), weights or model.state_dict()
+    if not layers:
+        raise ValueError("the model has no adapter: add_lora(model) makes one")
+    layer = layers[0][1]
+    about = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base_model),
+        "r": layer.rank,
+        "lora_alpha": layer.alpha,
+        "lora_dropout": layer.dropout.p,
+        "use_rslora": layer.rslora,
+        "target_modules": sorted({name.rpartition(".")[2] for name, _ in layers}),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n")
+    tensors = {key: weights[name].detach().contiguous() for key, name in adapter_names(model).items()}
+    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def adapter_names(model):
+    """PEFT's names of the adapters' weights, and ours."""
+    return {
+        f"base_model.model.{name}.{part}.weight": f"{name}.{part}.weight"
+        for name, _ in lora_layers(model)
+        for part in ("lora_A", "lora_B")
+    }
+
+
+def load_adapter(model, path, dropout=None):
+    """Put the adapter of a PEFT directory into a plain model, in place. Raises ValueError where it does not fit, or is
+    more than LoRA."""
+    about, weights = read_adapter_config(Path(path)), read_tensors(Path(path) / "adapter_model.safetensors")
+    rank, targets = about["r"], about["target_modules"]
+    if {tuple(w.shape[:1]) for name, w in weights.items() if "lora_A" in name} != {(rank,)}:
+        raise ValueError(f"adapter_model.safetensors: lora_A is not of rank {rank} throughout")
+    targets = targets if isinstance(targets, str) else ",".join(targets)
+    dropout = about["lora_dropout"] if dropout is None else dropout
+    add_lora(model, rank, about["lora_alpha"], dropout, targets, about["use_rslora"])
+    ours = {key: model.get_parameter(name).data for key, name in adapter_names(model).items()}
+    shapes = [{(name, tuple(w.shape)) for name, w in tensors.items()} for tensors in (weights, ours)]
+    for name, shape in sorted(shapes[0] ^ shapes[1]):
+        raise ValueError(f"the adapter and the model do not fit: {name} {list(shape)} is in one of them only")
+    for name, weight in weights.items():
+        ours[name].copy_(weight)
+    return model
+
+
+def read_tensors(file):
+    return {name: read_tensor(file, name, "cpu") for name in tensor_shapes(file)}
+
+
+def load_checkpoint(model, path):
+    """Give a model the weights of a checkpoint of its own run, its adapter's or all. To be called by all processes."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict  # half a second
+
+    weights, names = {}, adapter_names(model)
     if rank() == 0:
-        report(task, state["before"], after, loop.out_dir)
-        if cfg.merge:
-            last = Path(loop.out_dir) / "last"
-            task.model = open_model(base_path if cfg.rank else last, "cpu")
-            if cfg.rank:
-                task.model = merge_lora(load_adapter(task.model, last))
-            save_checkpoint(Path(loop.out_dir) / "merged", task.write_model, task.model.state_dict())
-    leave()
+        weights = read_tensors(Path(path) / ("adapter_model.safetensors" if names else "model.safetensors"))
+        weights = {names.get(key, key): weight for key, weight in weights.items()}
+    how = {"broadcast_from_rank0": dist.is_initialized(), "strict": not names}  # an adapter is not all of the model
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, **how))
+
+
+# of PEFT's LoraConfig: what load_adapter understands, by type
+ADAPTER_FIELDS = {"r": (int,), "lora_alpha": (int, float), "lora_dropout": (int, float), "use_rslora": (bool,),
+                  "target_modules": (str, list)}  # fmt: skip
+# what changes no function
+OTHER_FIELDS = {"peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
+                "inference_mode", "megatron_core", "qalora_group_size", "corda_config", "lora_ga_config"}  # fmt: skip
+# and values that change none: other initializations, as PiSSA's, change the base under the adapter too
+PLAIN = {"bias": ["none"], "init_lora_weights": [True, "gaussian", "orthogonal", "mica"]}
+
+
+def read_adapter_config(path):
+    """adapter_config.json as a dict. Raises ValueError, with the field's name, where it is damaged or no plain LoRA."""
+    about = {"lora_dropout": 0.0, "use_rslora": False} | read_json(path / "adapter_config.json")
+    if about.get("peft_type") != "LORA":
+        raise ValueError(f"adapter_config.json: peft_type={about.get('peft_type')!r}, only LORA can be read")
+    for key, kinds in ADAPTER_FIELDS.items():
+        if type(about.get(key)) not in kinds:
+            raise ValueError(f"adapter_config.json: {key}={about.get(key)!r} is no {kinds[-1].__name__}")
+    if not all(isinstance(target, str) for target in about["target_modules"]):
+        raise ValueError("adapter_config.json: target_modules are no names")
+    for key in about.keys() - ADAPTER_FIELDS.keys() - OTHER_FIELDS:
+        if about[key] and about[key] not in PLAIN.get(key, []):
+            raise ValueError(f"adapter_config.json: {key}={about[key]!r} is more than plain LoRA, all that can be read")
+    return about
+
+
+def cast_base_weights(model, dtype):
+    """Keep the frozen layers' weights in the dtype that autocast multiplies them in: the same products, half the memory
+    in bfloat16, and no cast at every step. What a merge reads is the file's."""
+    for _, layer in lora_layers(model):
+        layer.base_layer.to(dtype)
+
+
+def read_instruct(path):
+    """What instruct.json says of the tuned model or adapter in a directory: its format, and the fingerprint of the
+    weights under an adapter. {} where there is none."""
+    file = Path(path) / "instruct.json"
+    with user_errors(f"{file} is damaged"):
+        return read_json(file) if file.exists() else {}
+
+
+def template_of(path, tokenizer):
+    """The format, a chat template, that the model or adapter in a directory was instructed in; None for a plain one."""
+    if template := read_instruct(path).get("template"):
+        return FORMATS.get(str(template), str(template))
+    file = Path(path) / "generation_config.json"
+    with user_errors(f"{file} is damaged"):
+        stops = read_json(file).get("eos_token_id") if file.exists() else None
+    if not isinstance(stops, list):
+        return None
+    template = tokenizer.config.get("chat_template")
+    template = template if isinstance(template, str) else FORMATS["gemma"]
+    end = end_of_response(tokenizer, template)
+    # a published model that has learned to take turns stops at the end of one too
+    return template if end in stops and end != tokenizer.eot else None
+
+
+def check_base(adapter, base):
+    """Raises UserError where the weights in the directory `base` are not those that the adapter was tuned on."""
+    wanted = read_instruct(adapter).get("base_fingerprint")  # PEFT's own have none
+    if wanted and wanted != weights_fingerprint(base):
+        raise UserError(
+            f"{adapter} was tuned on other weights than {base} has now, perhaps since trained again: name a copy of "
+            "the old ones by --model, or tune again"
+        )
 
 
 if __name__ == "__main__":
-    run(main, LoraConfig, TrainConfig)
+    run(main, LoraConfig, TuneConfig)

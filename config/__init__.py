@@ -78,7 +78,7 @@ def check_range(settings, low, high, *keys):
     """For a dataclass's own check: raises ValueError where a setting is not in low..high, as NaN never is."""
     for key in keys:
         value = getattr(settings, key)
-        if not low <= value <= high:
+        if value is not None and not low <= value <= high:
             limits = f"at least {low}" if high == NO_LIMIT else f"between {low} and {high}"
             raise ValueError(f"{key}={value} must be {limits}")
 
@@ -149,7 +149,8 @@ def usage(classes):
     """The dataclasses are the help text: each field, its default, and its trailing comment."""
     rows = []
     for cls in classes:
-        notes = dict(re.findall(r"^    (\w+):[^#\n]*# (.*)$", inspect.getsource(cls), re.M))
+        sources = map(inspect.getsource, cls.__mro__[-2::-1])  # fields and their comments are inherited
+        notes = dict(note for source in sources for note in re.findall(r"^    (\w+):[^#\n]*# (.*)$", source, re.M))
         rows.append(f"\n{cls.__name__}")
         for f in fields(cls):
             assert f.default is not MISSING, f"{cls.__name__}.{f.name} has no default"

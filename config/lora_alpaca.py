@@ -13,11 +13,8 @@ epochs = 1.0
 max_length = 512
 max_tokens_per_batch = 16384
 
-optimizer = "adamw"
 learning_rate = 2e-4
 schedule = "cosine"
 warmup_iters = 30
 
 eval_interval = 100
-log_interval = 10
-compile = False  # batches come in many shapes

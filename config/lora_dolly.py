@@ -11,7 +11,6 @@ epochs = 1.0
 batch_size = 1
 max_length = 512
 
-optimizer = "adamw"
 learning_rate = 5e-5
 weight_decay = 0.01
 beta2 = 0.999
@@ -20,4 +19,3 @@ cooldown_frac = 0.0  # the rate stays as it is
 
 eval_interval = 2000
 log_interval = 50
-compile = False  # batches come in many shapes

@@ -14,13 +14,12 @@ alpha = 12.0
 
 # 6,000 conversations in batches of up to 2,048 tokens: one epoch of 1,157 updates, 2.1M tokens
 max_records = 6000
+epochs = 1.0
 max_tokens_per_batch = 2048
 
-optimizer = "adamw"
 learning_rate = 8e-3  # half of it followed 86% of the held-out instructions, this 94% (5,500 conversations, one base)
 warmup_iters = 20
 cooldown_frac = 0.6
 
 eval_interval = 2000
 log_interval = 50
-compile = False  # batches come in many shapes

@@ -15,7 +15,7 @@ what its hero does ({does} in other rules), its text, and after `>` its lessons.
 a capital letter ({A slot}, {Slot}) makes one in the text.
 
     documents(seed, count), bits(text)      # what prepare.py asks of a bundled corpus
-    conversation(seed, task)                # an instruction, then questions, about a fable, with their answers
+    records(seed, count)                    # conversations to learn from: instructions about fables, and their answers
     follows(turn, answer)                   # whether an answer does what is asked
 """
 
@@ -215,9 +215,24 @@ QUESTIONS = {
 TASKS = ["tell", "rewrite", *QUESTIONS]
 
 
+def records(seed, count, held_out=False):
+    """Conversations to train on; or held-out ones of one turn, whose answers `follows` can check. Each is a list of
+    messages, dicts of role and content; the user's have an input and the whole turn too."""
+    # whole fables take the most learning
+    tasks, where = (TASKS, f"{seed}/held out") if held_out else ([*TASKS, "tell", "tell", "rewrite"], seed)
+    for i in range(count):
+        turns = conversation(f"{where}/{i}", tasks[i % len(tasks)], held_out)
+        messages = []
+        for turn in turns[:1] if held_out else turns:
+            messages.append({"role": "user", "content": turn["instruction"], "input": turn["input"], "turn": turn})
+            messages.append({"role": "assistant", "content": turn["output"]})
+        yield messages
+
+
 def conversation(seed, task, held_out=False):
     """An instruction about a fable and then questions about the same fable, with the answers the grammar gives: a list
-    of turns, each a dict of task, instruction, input, output and what `follows` checks an answer by."""
+    of turns, each a dict of task, instruction, input, output and what `follows` checks an answer by. Every fable in it,
+    told, given or asked for, is of a held-out pair; or none is."""
     rng = random.Random(f"conversation {seed}")
     kind, plot = rng.choice(POOLS["animal"]), rng.choice(POOLS["plot"])
     while is_held_out(kind, plot) != held_out:
@@ -232,7 +247,11 @@ def conversation(seed, task, held_out=False):
         words = [word for slot, word in given.items() if slot != "plot"]
         first = {"instruction": ask, "input": "", "output": text, "words": words, "not": []}
     else:
-        new = rng.choice([animal for animal in POOLS["animal"] if animal not in slots.values()])
+        others = [animal for animal in POOLS["animal"] if animal not in slots.values()]
+        others = [animal for animal in others if is_held_out(animal, plot) == held_out]
+        if not others:  # some plots have one held-out animal only
+            return conversation(f"{seed} again", task, held_out)
+        new = rng.choice(others)
         retold = text
         while kind in words_of(retold):  # as one of the guests, say
             retold, _ = say(RULES["summarized fable"][0], rng, {**slots, "kind": new})
