@@ -102,9 +102,7 @@ class TuneConfig(TrainConfig):
     learning_rate: float | None = None  # the peak; by default 0.5 / hidden_size, a tenth of it for all weights
     warmup_iters: float = 0.05  # updates of linear warmup; below 1: that share of max_iters
     cooldown_frac: float = 0.8  # share of max_iters in which schedule=wsd comes down
-    eval_interval: int | None = (
-        None  # updates between evaluations, each with a checkpoint and a sample; default: epochs
-    )
+    eval_interval: int | None = None  # updates between evaluations, each with a checkpoint; by default an epoch
     compile: bool = False  # torch.compile the model: slow to start, as batches come in many shapes
 
 
@@ -334,22 +332,18 @@ class InstructionTuning:
     floor_loss = None
     memory_hint = "lower max_tokens_per_batch, and raise gradient_accumulation_steps as much"
 
-    def __init__(
-        self, lora_cfg, cfg, model, tokenizer, template, train_records, val_records, base_model="", about=None
-    ):
-        """template: the format, a chat template. base_model: the name of the model that is tuned. about: what a
-        checkpoint says of itself, for sample.py."""
+    def __init__(self, lora_cfg, cfg, model, tokenizer, template, records, base_model="", about=None):
+        """template: the format, a chat template. records: conversations to train on, and held-out ones. base_model:
+        the name of the model that is tuned. about: what a checkpoint says of itself, for sample.py."""
         self.lora_cfg, self.cfg, self.model, self.tokenizer = lora_cfg, cfg, model, tokenizer
         self.template, self.base_model, self.about = template, base_model, about or {}
         self.end = end_of_response(tokenizer, template)
         self.dropped = 0
-        self.train_set, _ = self.encode_all(train_records)
-        self.val_set, self.val_records = self.encode_all(val_records)
-        for name, records in (("train", self.train_set), ("held-out", self.val_set)):
-            if not records:
-                raise UserError(
-                    f"--data={lora_cfg.data}: no {name} record has a response within {lora_cfg.max_length} tokens"
-                )
+        self.train_set, _ = self.encode_all(records[0])
+        self.val_set, self.val_records = self.encode_all(records[1])
+        if not (self.train_set and self.val_set):
+            which, limit = "held-out" if self.train_set else "train", lora_cfg.max_length
+            raise UserError(f"--data={lora_cfg.data}: no {which} record has a response within {limit} tokens")
         self.train_batches, self.val_batches = self.group(self.train_set), self.group(self.val_set)
 
     def encode_all(self, conversations):
@@ -390,9 +384,8 @@ class InstructionTuning:
         return x, pad_sequence([t[1:] for t in targets], batch_first=True, padding_value=-100)
 
     def micro_batches(self, step):
-        taken = epoch_shuffled_indices(
-            len(self.train_batches), self.cfg.gradient_accumulation_steps, self.cfg.seed, step
-        )
+        size, seed = self.cfg.gradient_accumulation_steps, self.cfg.seed
+        taken = epoch_shuffled_indices(len(self.train_batches), size, seed, step)
         return [self.collate(self.train_set, self.train_batches[i]) for i in taken]
 
     def validation_batches(self):
@@ -447,8 +440,8 @@ def main(lora_cfg, cfg):
     tokenizer.config["chat_template"] = template
     about = {"base_fingerprint": weights_fingerprint(base)} if lora_cfg.rank else {}
     records = open_records(lora_cfg, cfg.seed)
-    task = InstructionTuning(lora_cfg, cfg, model, tokenizer, template, *records, state["base_model"], about)
-    task.cfg = cfg = fill_in(lora_cfg, cfg, task)
+    task = InstructionTuning(lora_cfg, cfg, model, tokenizer, template, records, state["base_model"], about)
+    task.cfg = cfg = fill_in(task)
     plain_text = open_plain_text(lora_cfg, cfg, model, tokenizer)
     trainer = Trainer(cfg, task, state, device)
     print_plan(task)
@@ -495,8 +488,9 @@ def start_model(lora_cfg, cfg, device):
     return model, base, state
 
 
-def fill_in(lora_cfg, cfg, task):
+def fill_in(task):
     """The settings that the number of records and the size of the model decide, where they were left open."""
+    lora_cfg, cfg = task.lora_cfg, task.cfg
     per_epoch = len(task.train_batches) / cfg.gradient_accumulation_steps
     max_iters = max(1, round(per_epoch * (lora_cfg.epochs or max(3, 100 / per_epoch))))
     open_settings = {

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import NO_LIMIT, UserError, check_range, run, user_errors
-from lora import encode_conversation, end_of_response, load_adapter, merge_lora, template_of
+from lora import check_base, encode_conversation, end_of_response, load_adapter, merge_lora, template_of
 from model import SLIDING, read_json
-from prepare import GPT2_PATTERN, Tokenizer, hub_directory
-from train import can_compile, open_model, pick_device, pick_dtype, whole_checkpoint
+from prepare import GPT2_PATTERN, Tokenizer, hub_directory, intact_dir
+from train import can_compile, open_model, pick_device, pick_dtype
 
 
 @dataclass
@@ -50,7 +50,6 @@ class SampleConfig:
 
     def __post_init__(self):
         check_range(self, 1, NO_LIMIT, "num_samples")
-        check_range(self, 0, NO_LIMIT, "max_new_tokens", "temperature", "top_k", "seed")
         check_range(self, 0, 1, "min_p")
         check_range(self, 1e-6, 1, "top_p")
         check_range(self, 1e-3, 1e3, "repetition_penalty")
@@ -71,12 +70,14 @@ def main(cfg):
     tokenizer = Tokenizer.load(path)
     template = (adapter and template_of(adapter, tokenizer)) or template_of(path, tokenizer)
     writer = Writer(cfg, model, tokenizer, template)
+    asked = [{"role": "user", "content": cfg.instruct, "input": cfg.input}]
     print(f"[{path}{f' with {adapter}' if adapter else ''}]\n")
     if cfg.compare:
         print("base:\n")
-        writer.answer([(cfg.instruct, cfg.input, None)])
+        writer.answer(asked)
         print("tuned:\n")
     if adapter:
+        check_base(adapter, path)
         with user_errors(f"--adapter={cfg.adapter}"):
             load_adapter(model, adapter).to(dtype).eval()
     if cfg.export_gguf:
@@ -86,7 +87,7 @@ def main(cfg):
     if cfg.interactive:
         writer.converse(takes_turns=bool(adapter or template))
     elif cfg.instruct:
-        writer.answer([(cfg.instruct, cfg.input, None)])
+        writer.answer(asked)
     else:
         writer.continue_text(read_start(cfg.start))
 
@@ -99,7 +100,7 @@ def find_checkpoint(cfg, adapter):
         with user_errors(f"--adapter={cfg.adapter}: no adapter here"):
             path = hub_directory(read_json(adapter / "adapter_config.json")["base_model_name_or_path"])
     elif cfg.out_dir:
-        path = whole_checkpoint(Path(cfg.out_dir) / "best")
+        path = intact_dir(Path(cfg.out_dir) / "best")
         if not path.is_dir():
             raise UserError(f"--out_dir={cfg.out_dir}: no checkpoint in {path}")
     else:
@@ -128,13 +129,13 @@ class Writer:
         self.stops = [tokenizer.eot, *(ends if isinstance(ends, list) else [])]
 
     def continue_text(self, text):
-        ids = [self.tokenizer.bos, *map(int, self.tokenizer.encode(text))]
-        return self.write(text, ids, self.stops)
+        return self.write(text, [self.tokenizer.bos, *self.tokenizer.encode(text).tolist()], self.stops)
 
-    def answer(self, turns):
-        """turns: [(instruction, input, response), ...], the last response None. Returns that response."""
-        ids, _ = encode_conversation(self.tokenizer, turns, self.template or "alpaca")
-        return self.write("", ids, [*self.stops, end_of_response(self.tokenizer, self.template)])
+    def answer(self, messages):
+        """The response to a conversation (lora.py says what messages are), printed and returned."""
+        template = self.template or "alpaca"
+        ids, _ = encode_conversation(self.tokenizer, messages, template)
+        return self.write("", ids, [*self.stops, end_of_response(self.tokenizer, template)])
 
     def write(self, text, ids, stops):
         """Print what follows the prompt `ids`, of which `text` shows; one sample streams, several come when all are
@@ -166,7 +167,7 @@ class Writer:
 
     def converse(self, takes_turns):
         """Read lines until the end of input: the user's turns of one conversation, or beginnings to continue."""
-        turns = []
+        messages = []
         while True:
             try:
                 line = input("> ")
@@ -174,12 +175,13 @@ class Writer:
                 return print()
             try:
                 if takes_turns:
-                    turns.append((line, "", self.answer([*turns, (line, "", None)]).strip()))
+                    messages.append({"role": "user", "content": line})
+                    messages.append({"role": "assistant", "content": self.answer(messages).strip()})
                 else:
                     self.continue_text(line)
             except UserError as e:  # too long: forget what was said and go on
                 print(e)
-                turns = []
+                messages = []
 
 
 # ----------------------------------------------------------------------------------------------------------------------

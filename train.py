@@ -578,7 +578,7 @@ def load_optimizer_state(optimizers, model, saved, sharded):
         state = {}
         for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
             values = saved.get(names[p], {})
-            state[i] = {k: distribute(v, p) if sharded and v.shape == p.shape else v for k, v in values.items()}
+            state[i] = {key: distribute(value, p) if sharded else value for key, value in values.items()}
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -1077,10 +1077,13 @@ def apply_fsdp(model, device):
 
 
 def distribute(tensor, like):
-    """Rank 0's tensor, sharded as the DTensor `like`."""
+    """Rank 0's tensor, sharded as the DTensor `like`; whole where it is of another shape, as a count of updates."""
     from torch.distributed.tensor import distribute_tensor
 
     tensor = torch.empty_like(tensor, device=like.device) if tensor.is_meta else tensor.to(like.device)
+    if tensor.shape != like.shape:
+        dist.broadcast(tensor, 0)
+        return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements)
 
 

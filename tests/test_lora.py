@@ -42,7 +42,7 @@ from lora import (
 )
 from model import Gemma, GemmaConfig
 from prepare import Tokenizer, train_bpe
-from train import TrainConfig, make_optimizers, read_log
+from train import TrainConfig, make_optimizers, read_log, warmup_updates
 
 
 def base_model(seed=0):
@@ -326,7 +326,7 @@ def tuning(records, **settings):
     model = Gemma(config).init_weights(0)
     conversations = [talk(record if isinstance(record, list) else [record]) for record in records]
     cfg = LoraConfig(**settings)
-    return InstructionTuning(cfg, TuneConfig(), model, TOKENIZER, FORMATS[cfg.template], conversations, conversations)
+    return InstructionTuning(cfg, TuneConfig(), model, TOKENIZER, FORMATS[cfg.template], [conversations] * 2)
 
 
 def talk(turns):
@@ -337,7 +337,7 @@ def talk(turns):
 
 def test_masks_token_by_token():
     task = tuning([("Say hi.", "", "hello"), ("Say hi.", "in", "hello world, hello")])
-    ((x, y),) = task.validation()
+    ((x, y),) = task.validation_batches()
     assert x.shape == y.shape and len(x) == 2
     for row, (prompt, response) in enumerate(
         [
@@ -357,7 +357,7 @@ def test_masks_token_by_token():
 def test_every_response_of_a_conversation_is_learned():
     """Token by token: a response is predicted from all that was said before it, and nothing else is a target."""
     task = tuning([[("Say hi.", "in", "hello"), ("Say", "", "world")]])
-    ((x, y),) = task.validation()
+    ((x, y),) = task.validation_batches()
     said = [
         (False, "Input: in\nInstruction: Say hi.\nResponse:"), (True, " hello"),
         (False, "Instruction: Say\nResponse:"), (True, " world"),
@@ -382,7 +382,7 @@ def test_long_records_lose_the_beginning_of_the_prompt_or_are_dropped():
         assert TOKENIZER.decode(ids[~is_response].tolist()).endswith("\nResponse:")
         assert TOKENIZER.decode(ids[is_response].tolist()) == " hello"  # a response without its beginning is gone
     assert len(task.train_set[0][0]) == 40
-    for x, y in task.validation():
+    for x, y in task.validation_batches():
         assert ((y != -100).sum(1) > 0).all() and x.shape[1] < 40
     with pytest.raises(UserError, match="no train record has a response within 40 tokens"):
         tuning([("Say hi.", "", long)], max_length=40)
@@ -395,8 +395,8 @@ def test_batches_keep_to_the_budget_and_hold_every_record_once():
     for batch in task.train_batches:
         lengths = [len(task.train_set[i][0]) for i in batch]
         assert len(batch) * max(lengths) <= 200
-    shapes = [x.numel() for x, _ in task.updates(0)]
-    assert shapes == [x.numel() for x, _ in task.updates(0)]
+    shapes = [x.numel() for x, _ in task.micro_batches(0)]
+    assert shapes == [x.numel() for x, _ in task.micro_batches(0)]
 
 
 @pytest.mark.parametrize(
@@ -532,10 +532,11 @@ def test_answers_come_in_order_whatever_their_lengths():
 @pytest.mark.parametrize("count, updates", [(50, 100), (200, 150), (1100, 300), (12_000, 300)])
 def test_defaults_suit_any_number_of_records(count, updates):
     task = tuning([("Say hi.", "", "hello")] * count, max_tokens_per_batch=10**6)
-    loop = fill_in(task.cfg, TuneConfig(), task)
+    loop = fill_in(task)
     assert loop.max_iters == updates and loop.learning_rate == 0.5 / 32
-    assert loop.eval_interval == len(task.train_batches) and loop.warmup_iters == round(updates / 20)
-    assert fill_in(LoraConfig(epochs=2), TuneConfig(learning_rate=1.0, max_iters=7), task).max_iters == 7
+    assert loop.eval_interval == len(task.train_batches) and warmup_updates(loop) == pytest.approx(updates / 20)
+    task.cfg = TuneConfig(learning_rate=1.0, max_iters=7)
+    assert (fill_in(task).max_iters, fill_in(task).learning_rate) == (7, 1.0)
 
 
 def test_help_shows_inherited_settings_with_their_comments():
@@ -677,7 +678,7 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(project, rank):
         (["--data=nowhere.json"], "no such file"),
         (["--template=none"], "must be one of alpaca"),
         (["--rank=-1"], "at least 0"),
-        (["--max_length=600", "--max_tokens_per_batch=600"], "exceeds the model's max_position_embeddings=512"),
+        (["--max_length=600", "--max_tokens_per_batch=600"], "exceeds max_position_embeddings=512"),
         (["--forgetting=nothing"], "no such set"),
         (["--data=odd.jsonl"], "known are instruction/input/output"),
     ],
