@@ -20,7 +20,8 @@ WAYS = {"ddp": [], "fsdp": ["--fsdp=True"]}
 LORA = ["--init_from=out/base/best", "--data=fables", "--max_records=60", "--num_checked=3", "--rank=4", "--device=cpu",
         "--max_length=500", "--max_tokens_per_batch=1500", "--compile=False", "--dtype=float32", "--log_interval=1",
         "--eval_interval=5", "--sample_tokens=5", "--num_samples=1", "--gradient_accumulation_steps=1",
-        "--forgetting=fables", "--epochs=1", "--learning_rate=0.003", "--batch_size=6", "--forgetting_block_size=64", "--merge=True"]  # fmt: skip
+        "--forgetting=fables", "--epochs=1", "--learning_rate=0.003", "--batch_size=6",
+        "--forgetting_block_size=64", "--merge=True"]  # fmt: skip
 
 
 def slow(*values):
