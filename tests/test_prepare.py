@@ -342,7 +342,7 @@ def test_few_documents_are_split_all_the_same(here, capsys, fraction):
 def test_reading_takes_time_in_proportion_to_the_size(here):
     """A file without separators was once searched from its beginning for every block that was read."""
     seconds = []
-    for megabytes in (16, 96):
+    for megabytes in (8, 48):
         (here / "c.txt").write_bytes(b"abcdefg " * (megabytes << 17))
         started = time.process_time()
         assert len(list(prepare.read_txt(here / "c.txt", b"<|endoftext|>"))) == 1
