@@ -282,7 +282,8 @@ class Gemma(nn.Module):
         ends = (lengths + max_new_tokens).clamp(max=limit)
         shortest, longest = int(lengths.min()), int(ends.max())
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-        cache = KVCache(self.config, longest, device, cuda_graphs=self.compiled_decode_step is not None)
+        cuda_graphs = self.compiled_decode_step is not None and device.type == "cuda"
+        cache = KVCache(self.config, longest, device, cuda_graphs)
         seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=device)
         stops = torch.tensor(stop_ids, dtype=torch.int64, device=device)
         done = ends <= shortest
@@ -323,12 +324,13 @@ class Gemma(nn.Module):
             yield made
 
     def compile_step(self):
-        """Compile the step that makes one token, for every later generate(). The weights are frozen into it, on CPUs
-        in the order in which their products read them fastest: they must not change afterwards."""
-        if self.device.type == "cpu":
-            torch._inductor.config.freezing = True  # an option of torch.compile would come too late
-        on_gpu = self.device.type == "cuda"
-        self.compiled_decode_step = torch.compile(self.forward, options={"triton.cudagraphs": on_gpu})
+        """Compile the step that makes one token, for every later generate(): on GPUs as a CUDA graph; on CPUs with the
+        weights frozen into it, in the order in which their products read them fastest, so they must not change."""
+        # as an option of torch.compile it would come too late; it must not meet the cache's marks for CUDA graphs:
+        # together they make wrong tokens (PyTorch 2.13)
+        torch._inductor.config.freezing = self.device.type == "cpu"
+        cuda_graphs = self.device.type == "cuda"
+        self.compiled_decode_step = torch.compile(self.forward, options={"triton.cudagraphs": cuda_graphs})
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=torch.float32, dropout=0.0):

@@ -280,10 +280,11 @@ def test_what_a_compiled_step_changes_stays_where_it_is():
         graphs.append((len(changed), [placeholders.index(node) in static for node in changed]))
         return graph
 
-    model = random_model(small())
+    model, cache = random_model(small()), KVCache(small(), 20, "cpu", cuda_graphs=True)
     backend = aot_autograd(fw_compiler=look, inference_compiler=look, keep_inference_input_mutations=True)
-    model.compiled_decode_step = torch.compile(model.forward, backend=backend)
-    list(model.generate(random_tokens(model.config, 2, 5), 3))
+    with torch.no_grad():
+        model(random_tokens(model.config, 2, 5), cache=cache)
+        torch.compile(model, backend=backend)(random_tokens(model.config, 2, 1), cache=cache)
     assert graphs == [(5, [True] * 5)]  # the length, and the keys and values of four layers
 
 
