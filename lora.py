@@ -99,9 +99,9 @@ class TuneConfig(TrainConfig):
     init_from: str = ""  # the model to tune, a directory or a Hub id of a Gemma 3; or resume (out_dir/last)
     max_iters: int | None = None  # updates; by default as many as epochs makes
     optimizer: str = "adamw"  # adamw or muon
-    learning_rate: float | None = None  # the peak; by default 0.5 / hidden_size, a tenth of it for all weights
+    learning_rate: float | None = None  # the peak; by default 1 / hidden_size, a tenth of it for all weights
     warmup_iters: float = 0.05  # updates of linear warmup; below 1: that share of max_iters
-    cooldown_frac: float = 0.8  # share of max_iters in which schedule=wsd comes down
+    cooldown_frac: float = 0.5  # share of max_iters in which schedule=wsd comes down
     eval_interval: int | None = None  # updates between evaluations, each with a checkpoint; by default an epoch
     compile: bool = False  # torch.compile the model: slow to start, as batches come in many shapes
 
@@ -495,7 +495,7 @@ def fill_in(task):
     max_iters = max(1, round(per_epoch * (lora_cfg.epochs or max(3, 100 / per_epoch))))
     open_settings = {
         "max_iters": max_iters,
-        "learning_rate": (0.5 if lora_cfg.rank else 0.05) / task.model.config.hidden_size,
+        "learning_rate": (1.0 if lora_cfg.rank else 0.1) / task.model.config.hidden_size,
         "eval_interval": math.ceil(per_epoch),
     }
     return replace(cfg, **{key: value for key, value in open_settings.items() if getattr(cfg, key) is None})

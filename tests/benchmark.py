@@ -26,8 +26,8 @@ import torch
 
 import train
 from config import UserError, run
-from lora import add_lora, keep_base_in
-from model import Gemma, GemmaConfig, attend_in_blocks
+from lora import add_lora, cast_base_weights
+from model import Gemma, GemmaConfig, blocked_attention
 
 SHAPES = {  # vocab_size, hidden_size, layers, heads, key/value heads, head_dim, intermediate_size
     "270m": (50304, 640, 18, 4, 1, 256, 2048),
@@ -92,7 +92,7 @@ def training(cfg, device, dtype):
     """Updates as train.py makes them, on random tokens -> (a function that makes one, tokens in it, the model)."""
     model = build(cfg, device)
     if cfg.job == "lora":
-        keep_base_in(add_lora(model, cfg.rank, 2.0 * cfg.rank), dtype)
+        cast_base_weights(add_lora(model, cfg.rank, 2.0 * cfg.rank), dtype)
     loop = train.TrainConfig(optimizer=cfg.optimizer, learning_rate=1e-4, compile=cfg.compile)
     optimizers = train.make_optimizers(model, loop)
     forward = torch.compile(model) if cfg.compile else model
@@ -171,7 +171,7 @@ def measure_attention(cfg):
     scale = head_dim**-0.5
 
     def blocks(q, k, v):
-        return attend_in_blocks(q, k, v, cfg.block_size, scale, 0.0)
+        return blocked_attention(q, k, v, cfg.block_size, scale, 0.0)
 
     def kernel(q, k, v):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)

@@ -66,6 +66,10 @@ SETTINGS = {
 }
 
 
+def settings_of(script):
+    return [getattr(importlib.import_module(name.split(".")[0]), name.split(".")[1]) for name in SETTINGS[script]]
+
+
 def run_script(project, *args, ok=True, timeout=240, stdin=None):
     """Run `python args...` in the project's folder as a user would -> the finished process: a script's main in this
     process, which saves importing PyTorch each time, anything else in a process of its own."""
@@ -86,7 +90,6 @@ def run_inside(project, args, _timeout=None, stdin=None):
     import config
 
     main = importlib.import_module(args[0].removesuffix(".py")).main
-    classes = [getattr(importlib.import_module(name.split(".")[0]), name.split(".")[1]) for name in SETTINGS[args[0]]]
     out, err, code = io.StringIO(), io.StringIO(), 0
     torch._dynamo.reset()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -96,7 +99,7 @@ def run_inside(project, args, _timeout=None, stdin=None):
         patch.setattr(sys, "argv", args)
         patch.setattr(sys, "stdin", io.StringIO(stdin or ""))
         try:
-            config.run(main, *classes)
+            config.run(main, *settings_of(args[0]))
         except SystemExit as e:
             code = e.code or 0
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())

@@ -533,7 +533,7 @@ def test_answers_come_in_order_whatever_their_lengths():
 def test_defaults_suit_any_number_of_records(count, updates):
     task = tuning([("Say hi.", "", "hello")] * count, max_tokens_per_batch=10**6)
     loop = fill_in(task)
-    assert loop.max_iters == updates and loop.learning_rate == 0.5 / 32
+    assert loop.max_iters == updates and loop.learning_rate == 1 / 32
     assert loop.eval_interval == len(task.train_batches) and warmup_updates(loop) == pytest.approx(updates / 20)
     task.cfg = TuneConfig(learning_rate=1.0, max_iters=7)
     assert (fill_in(task).max_iters, fill_in(task).learning_rate) == (7, 1.0)
