@@ -74,14 +74,21 @@ DEFAULTS = ["--dataset=fables", *(flag for flag in TINY if flag not in ("--compi
 @pytest.mark.parametrize("way", WAYS)
 def test_the_default_path(project, way):
     """FSDP once gathered bfloat16 weights, which sampling without autocast could not mix with its float32 cache: a
-    traceback at update 0 that no test saw, as all of them pinned float32. Its arithmetic is that of one process now."""
+    traceback at update 0 that no test saw, as all of them pinned float32. Its arithmetic is that of one process now.
+    Pretraining, then LoRA on what it made."""
+    tune = ["lora.py", "--init_from=out/defaults/best", "--data=fables", "--max_records=60", "--num_checked=6",
+            "--max_iters=6", "--log_interval=1", "--sample_tokens=5", "--max_length=500", "--merge=True"]  # fmt: skip
     if not (project / "out" / "defaults").exists():
-        run_script(project, "train.py", *DEFAULTS, "--max_iters=8", "--out_dir=out/defaults")
-    run_script(project, *torchrun("train.py", *DEFAULTS, *WAYS[way], "--max_iters=8", f"--out_dir=out/defaults-{way}"))
-    one, two = (losses(project / "out" / out) for out in ("defaults", f"defaults-{way}"))
-    assert [loss for _, loss in one] == pytest.approx([loss for _, loss in two], rel=2e-3)
-    saved = load_file(project / "out" / f"defaults-{way}" / "last" / "model.safetensors")
-    assert {str(w.dtype) for w in saved.values()} == {"torch.float32"}
+        run_script(project, "train.py", *DEFAULTS, "--max_iters=6", "--out_dir=out/defaults")
+        run_script(project, *tune, "--out_dir=out/defaults-lora")
+    run_script(project, *torchrun("train.py", *DEFAULTS, *WAYS[way], "--max_iters=6", f"--out_dir=out/defaults-{way}"))
+    run_script(project, *torchrun(*tune, *WAYS[way], f"--out_dir=out/defaults-lora-{way}"))
+    for name in ("defaults", "defaults-lora"):
+        one, two = (losses(project / "out" / out) for out in (name, f"{name}-{way}"))
+        assert [loss for _, loss in one] == pytest.approx([loss for _, loss in two], rel=2e-3), name
+    for file in ("defaults-WAY/last/model", "defaults-lora-WAY/merged/model", "defaults-lora-WAY/best/adapter_model"):
+        saved = load_file(project / "out" / f"{file.replace('WAY', way)}.safetensors")
+        assert {str(w.dtype) for w in saved.values()} == {"torch.float32"}
 
 
 @pytest.mark.slow
@@ -189,7 +196,10 @@ def test_a_signal_to_torchrun_saves(project):
     process = start(project, out)
     wait_for_update(process, 7)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=60)
+    command = printed.split("to go on: ")[1].splitlines()[0]
+    assert command.startswith("torchrun --standalone --max-restarts=0 --nproc_per_node=2 train.py --dataset=fables")
+    assert command.endswith(f"--out_dir={out} --init_from=resume")
     state = train.read_state(out / "last", {"settings": {}}, ())
     assert state["step"] >= 7 and state["step"] % 5, "saved where it was told to stop, not at an evaluation"
 
