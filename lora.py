@@ -106,8 +106,7 @@ class TuneConfig(TrainConfig):
     compile: bool = False  # torch.compile the model: slow to start, as batches come in many shapes
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# LoRA itself
+# ---- LoRA itself -----------------------------------------------------------------------------------------------------
 
 
 class LoRALinear(nn.Module):
@@ -322,8 +321,7 @@ def open_records(cfg, seed):
     return split
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# instruction tuning
+# ---- instruction tuning ----------------------------------------------------------------------------------------------
 
 
 class InstructionTuning:
@@ -581,8 +579,7 @@ def count_parameters(model):
     return tuple(sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# adapters on disk, in PEFT's format, and what a checkpoint says of itself
+# ---- adapters on disk, in PEFT's format, and what a checkpoint says of itself ----------------------------------------
 
 
 def save_adapter(model, path, base_model="", weights=None):

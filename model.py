@@ -369,8 +369,7 @@ class Gemma(nn.Module):
         save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# generation
+# ---- generation ------------------------------------------------------------------------------------------------------
 
 
 class KVCache:
@@ -439,8 +438,7 @@ def complete(model, tokenizer, prompts, max_new_tokens, **sampling):
     return [tokenizer.decode(ids) for ids in made]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# configuration and weights on disk. They may come from anyone and be damaged: what is odd raises ValueError
+# ---- configuration and weights on disk. They may come from anyone and be damaged: what is odd raises ValueError ------
 
 # what holds for every Gemma 3: written into config.json, and checked when one is read
 GEMMA3_CONSTANTS = {
@@ -591,8 +589,7 @@ def read_tensor(file, name, device):
         return f.get_tensor(name)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# fast paths: attention and the loss as each device does them best
+# ---- fast paths: attention and the loss as each device does them best ------------------------------------------------
 
 BLOCKED_ATTENTION_DEVICES = ("cpu",)  # where blocked_attention is faster than PyTorch's kernel without a window, too
 QUERY_BLOCK = 128  # queries in a block

@@ -212,8 +212,7 @@ def report(out, meta):
         print(f"entropy floor of the validation split: {meta['floor_bits_per_byte']:.4f} bits per byte")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# what is on the disk stays whole, and what is not ours is left alone
+# ---- what is on the disk stays whole, and what is not ours is left alone ---------------------------------------------
 
 
 def atomic_replace_dir(new, old):
@@ -281,8 +280,7 @@ def check_is_ours(path, source):
         raise UserError(f"{path} was prepared from {found}, not from {source}: {fix}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# tokenizers
+# ---- tokenizers ------------------------------------------------------------------------------------------------------
 
 
 class Tokenizer:
@@ -492,8 +490,7 @@ def hub_directory(name, files=("*.json", "*.safetensors", "*.jinja")):
             raise UserError(f"{name}: {why}") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# corpora
+# ---- corpora ---------------------------------------------------------------------------------------------------------
 
 # Bundled corpora, each a module that provides documents(seed, count), an iterator of texts (count 0: its own number);
 # bits(text), -log2 of the probability that it generates this text, or None in place of the function; and TOKENIZER,

@@ -2,7 +2,7 @@
 #
 #     python prepare.py --dataset=stories.txt --name=tinystories --tokenizer=bpe:4096
 #     python train.py config/train_tinystories_cpu.py
-dataset = "tinystories"  # or the newest prepared set whose name begins so
+dataset = "tinystories"
 out_dir = "out/tinystories-cpu"
 
 hidden_size = 256

@@ -14,6 +14,7 @@ import torch
 from conftest import TINY, copy_project, losses, publish_gemma, run_script
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM
 
 import lora
@@ -301,6 +302,18 @@ def test_base_kept_in_bfloat16_gives_the_same_gradients():
     assert all(map(torch.equal, *gradients))
     assert len(list(model.generate(x, 2))) == 2  # without autocast, as for the answers it shows
     assert {p.dtype for name, p in model.named_parameters() if "base_layer" not in name} == {torch.float32}
+
+
+def test_frozen_weights_are_not_counted_as_trained():
+    """MFU once took a LoRA update for a full one, half as much again."""
+    config = GemmaConfig(vocab_size=512, hidden_size=64, intermediate_size=256, num_hidden_layers=6, head_dim=16,
+                         num_attention_heads=4, sliding_window=64)  # fmt: skip
+    model, x = add_lora(Gemma(config).init_weights(0), rank=2), torch.randint(0, 512, (2, 64))
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(x, x).backward()
+    counted = counter.get_total_flops() / x.numel()
+    assert counted == pytest.approx(model.flops_per_token(64), rel=0.05)  # the first layer's input needs no gradient
+    assert model.requires_grad_(True).flops_per_token(64) > 1.25 * counted
 
 
 def test_dropout_acts_on_the_adapter_alone():
