@@ -12,8 +12,8 @@ dataset = "fineweb"
 out_dir = "out/fineweb-270m"
 
 # 32 rows x 1,024 tokens x 16 micro-batches = 524,288 tokens an update: two micro-batches for each of eight GPUs.
-# 19,000 updates = 9.96G tokens, a little less than once through the sample: rows that begin where documents begin repeat
-# some text (the plan at the start says how much).
+# 19,000 updates = 9.96G tokens, a little less than once through the sample: rows that begin where documents begin
+# repeat some text (the plan at the start says how much).
 gradient_accumulation_steps = 16
 max_iters = 19_000
 warmup_iters = 500
