@@ -192,21 +192,21 @@ def measure_prepare():
     sys.path.insert(0, str(home))
     from data import fable_grammar
 
-    with tempfile.TemporaryDirectory(dir=home / "data") as folder:
-        file = Path(folder) / "benchmark.txt"
+    with tempfile.TemporaryDirectory(dir=home / "data") as folder:  # the set is named after it, and replaces it
+        file = Path(folder).parent / f"{Path(folder).name}.txt"
         fables = [fable_grammar.tell(f"benchmark/{i}")[0] for i in range(2000)]
         with open(file, "w") as f:
             for i in range(40):
                 f.writelines(f"{fable[i:]}\n<|endoftext|>\n" for fable in fables)
-        name = f"{Path(folder).name}/set"
         started = time.perf_counter()
         subprocess.run(
-            [sys.executable, "prepare.py", f"--dataset={file}", "--tokenizer=gpt2", f"--name={name}"],
+            [sys.executable, "prepare.py", f"--dataset={file}", "--tokenizer=gpt2"],
             cwd=home, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         seconds = time.perf_counter() - started
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
         megabytes = file.stat().st_size / 1e6
+        file.unlink()
     print(json.dumps({"job": "prepare", "megabytes": round(megabytes), "mb_per_sec": round(megabytes / seconds, 1),
                       "peak_memory_mb": round(peak)}))  # fmt: skip
 
