@@ -15,7 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 HOME = Path(__file__).parent.parent
 SHARED = HOME.parent / "shared"  # development data: tests that read it skip where it is absent
@@ -74,7 +73,8 @@ def run_script(project, *args, ok=True, timeout=240, stdin=None):
     """Run `python args...` in the project's folder as a user would -> the finished process: a script's main in this
     process, which saves importing PyTorch each time, anything else in a process of its own."""
     args = list(map(str, args))
-    run = run_inside if args[0] in SETTINGS else run_outside
+    here = args[0] in SETTINGS and "HF_ENDPOINT" not in os.environ  # which huggingface_hub reads when it is imported
+    run = run_inside if here else run_outside
     result = run(project, args, timeout, stdin)
     assert not ok or result.returncode == 0, result.stdout + result.stderr
     return result
@@ -87,6 +87,8 @@ def run_outside(project, args, timeout=240, stdin=None):
 
 def run_inside(project, args, _timeout=None, stdin=None):
     """What a script's main guard does, in this process, with `project` as the current folder and its data/."""
+    import torch  # not before the environment above is set: it counts threads when it is imported
+
     import config
 
     main = importlib.import_module(args[0].removesuffix(".py")).main

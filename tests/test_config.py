@@ -16,8 +16,8 @@ class Settings:
     limit: int | None = None  # at most
 
     def __post_init__(self):
-        if self.count < 0:
-            raise ValueError(f"count={self.count} must not be negative")
+        if self.count > 1000:
+            raise ValueError(f"count={self.count} must be at most 1000")
 
 
 @dataclass
@@ -61,12 +61,15 @@ def test_values(arg, field, value):
     "arg, message",
     [
         ("--cuont=3", "did you mean 'count'"),
+        ("--count=1001", "at most 1000"),
         ("--count=x", "count wants int, got 'x'"),
         ("--count=1.5", "wants int"),
         ("--count=True", "wants int"),
         ("--flag=1", "wants bool"),
         ("--limit=x", "wants int or None"),
-        ("--count=-1", "must not be negative"),
+        ("--count=-1", "must be at least 0"),
+        ("--rate=nan", "wants float"),
+        ("--rate=1e400", "and finite"),
         ("--count", "expected"),
         ("stray", "expected"),
         ("nowhere.py", "No such file"),

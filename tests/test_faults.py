@@ -124,8 +124,8 @@ def kill_often(project, whole, kills, timeout):
     assert f"{kills} kills" in out and " 0 of them inside a save" not in out
 
 
-def test_killed_at_ten_random_instants(project, whole):
-    kill_often(project, whole, 10, 200)
+def test_killed_at_six_random_instants(project, whole):
+    kill_often(project, whole, 6, 200)
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ def agree(run, other):
         assert a.keys() == b.keys() and list(a.values()) == pytest.approx(list(b.values()), rel=within), (event, key)
 
 
-@pytest.mark.parametrize("processes, way", [(2, "ddp"), (2, "fsdp"), slow(4, "ddp"), slow(4, "fsdp")])
+@pytest.mark.parametrize("processes, way", [(2, "ddp"), slow(2, "fsdp"), slow(4, "ddp"), slow(4, "fsdp")])
 def test_losses_are_those_of_one_process(project, single, processes, way):
     """With accumulation, 12 rows an update: 3 micro-batches share out neither in 2 nor in 4."""
     out = f"out/{way}{processes}"
@@ -68,7 +68,8 @@ def test_losses_are_those_of_one_process(project, single, processes, way):
 
 
 # what every other test here pins is left alone: bfloat16, compiled, Muon
-DEFAULTS = ["--dataset=fables", *(flag for flag in TINY if flag not in ("--compile=False", "--device=cpu"))]
+DEFAULTS = ["--dataset=fables", *(flag for flag in TINY if flag not in ("--compile=False", "--device=cpu")),
+            "--num_hidden_layers=2"]  # fmt: skip
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -102,7 +103,7 @@ def test_muon_too(project, way):
     assert [loss for _, loss in one] == pytest.approx([loss for _, loss in two], rel=5e-5)
 
 
-@pytest.mark.parametrize("before, after", [("ddp", None), (None, "fsdp"), slow("fsdp", "ddp")])
+@pytest.mark.parametrize("before, after", [slow("ddp", None), (None, "fsdp"), slow("fsdp", "ddp")])
 def test_a_checkpoint_resumes_on_any_number_of_processes(project, single, before, after):
     out = f"out/{before}-{after}"
     for way, more in ((before, "--eval_interval=5"), (after, "--init_from=resume")):
@@ -124,7 +125,8 @@ def test_a_checkpoint_resumes_on_any_number_of_processes(project, single, before
     agree(project / out, single)
 
 
-@pytest.mark.parametrize("way", ["ddp", slow("fsdp")])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 def test_lora_in_two_processes(project, single, way):
     if not (project / "out" / "base").exists():
         os.symlink(single, project / "out" / "base")
@@ -158,7 +160,8 @@ def wait_for_update(process, number):
     raise AssertionError(process.stderr.read())
 
 
-@pytest.mark.parametrize("way", ["ddp", slow("fsdp")])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 def test_a_killed_rank_ends_all_and_a_restart_goes_on(project, way):
     out = project / "out" / f"killed-{way}"
     process = start(project, out, *WAYS[way])

@@ -148,7 +148,8 @@ def greedy_answer(project, adapter):
     model = Gemma.from_pretrained(project / "out/fables/best")
     if adapter:
         load_adapter(model, project / "out/tuned/best")
-    prompt = torch.tensor([encode_conversation(tokenizer, [("Who is it?", "A fox.", None)], "short")[0]])
+    asked = [{"role": "user", "content": "Who is it?", "input": "A fox."}]
+    prompt = torch.tensor([encode_conversation(tokenizer, asked, "short")[0]])
     return tokenizer.decode(
         [t.item() for t in model.eval().generate(prompt, 20, temperature=0, stop_ids=[tokenizer.eot])]
     ).lstrip()

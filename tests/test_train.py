@@ -302,6 +302,9 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(project, monkeypatch, a
     assert a == b
     evals = [[e["val_loss"] for e in read_log(run / "log.jsonl") if e["event"] == "eval"] for run in (killed, whole)]
     assert evals[0] == evals[1] and len(evals[0]) == 4
+    if args == ["--compile=True"]:
+        plain, _ = pretrain(project, "plain-whole", "--max_iters=12")
+        assert [loss for _, loss in losses(whole)] == pytest.approx([loss for _, loss in losses(plain)], rel=3e-3)
 
 
 def test_what_a_run_writes(project):
@@ -433,6 +436,7 @@ def test_a_save_cut_off_in_the_middle_leaves_a_whole_checkpoint(tmp_path, monkey
     assert all(torch.equal(a, b) for a, b in zip(weights(), new.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_compiled_and_plain_training_agree(project):
     plain, _ = pretrain(project, "plain", "--max_iters=3", "--dtype=float32")
     compiled, _ = pretrain(project, "compiled", "--max_iters=3", "--dtype=float32", "--compile=True")
