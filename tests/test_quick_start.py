@@ -1,4 +1,4 @@
-"""The README's promises for the fables, run by hand (about ten minutes):
+"""The README's promises for the fables, run by hand (about twenty minutes):
 
 python -m pytest -n 0 -m slow -s tests/test_quick_start.py
 """
