@@ -473,7 +473,7 @@ class Pretraining:
         print(f"updates: {self.cfg.max_iters - state.step:,} of {per_update * block_size:,} tokens; {epochs:.2f} "
               f"epochs of the text in {len(rows):,} rows, {repeated:.0%} of them repeated context")  # fmt: skip
         if warmup_updates(self.cfg) >= self.cfg.max_iters:
-            print(f"warning: warmup_iters={self.cfg.warmup_iters} never ends before max_iters={self.cfg.max_iters}")
+            print(f"warning: warmup_iters={self.cfg.warmup_iters:g} never ends before max_iters={self.cfg.max_iters}")
         if epochs > 30 and not self.data_cfg.dropout:
             print(f"warning: {epochs:.0f} epochs over the same text without dropout will memorize it")
 
@@ -490,7 +490,8 @@ def main(data_cfg, cfg, arch):
     else:
         task.print_plan(trainer.state)
         trainer.fit()
-        print(f'done. Read what it writes: python sample.py --out_dir={cfg.out_dir} --start="Once"')
+        out_dir = shlex.quote(f"--out_dir={cfg.out_dir}")
+        print(f'done. Read what it writes: python sample.py {out_dir} --start="Once"')
     shutdown_distributed()
 
 

@@ -308,7 +308,8 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(project, monkeypatch, a
 
 
 def test_what_a_run_writes(project):
-    run, printed = pretrain(project, "files", "--max_iters=11", "--learning_rate=0.01")
+    run, printed = pretrain(project, "all files", "--max_iters=11", "--learning_rate=0.01")
+    assert "python sample.py '--out_dir=out/all files' --start" in printed  # to be copied as it stands
     assert {p.name for p in run.iterdir()} == {"best", "last", "log.jsonl", "loss.png", "samples.txt"}
     entries = read_log(run / "log.jsonl")
     steps = [e for e in entries if e["event"] == "step"]
