@@ -10,6 +10,7 @@ names that begin with an underscore are its own business; every other name must 
 
 import ast
 import contextlib
+import ctypes
 import difflib
 import inspect
 import os
@@ -48,8 +49,21 @@ def user_errors(what, *kinds):
         raise UserError(f"{what}: {reason}") from None
 
 
+def keep_freed_memory():
+    """Have glibc keep what a program frees, for its next use. By default large blocks go back to the kernel after every
+    update and come again page by page, which takes a tenth to a third of an update's time on CPUs."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+
+
 def run(main, *classes):
     """What each script's main guard calls: main(*settings), with the command line filled in, and errors in one line."""
+    keep_freed_memory()
     try:
         if {"-h", "--help"} & set(sys.argv[1:]):
             return print(usage(classes))
