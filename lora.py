@@ -29,7 +29,6 @@ import torch.distributed as dist
 import torch.nn as nn
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors.torch import save_file
-from torch.nn.utils.rnn import pad_sequence
 
 from config import NO_LIMIT, UserError, check_range, run, user_errors
 from model import complete, read_json, read_tensor, tensor_shapes, weights_fingerprint
@@ -69,8 +68,8 @@ class LoraConfig:
     epochs: float = 0.0  # over the records; 0: 3, or as many as make 100 updates
     max_records: int = 0  # use so many records; 0: all (fables: 12,000)
     max_length: int = 512  # tokens of prompt and response; longer prompts lose their beginning
-    max_tokens_per_batch: int = 4096  # padding included; records of like length share a batch
-    batch_size: int = 0  # records per batch at most; 0: a hundredth of them, at least 4, if the tokens allow
+    max_tokens_per_batch: int = 4096  # in rows that several records share
+    batch_size: int = 0  # records per batch, about; 0: a hundredth of them, at least 4, if the tokens allow
     val_fraction: float = 0.05  # share of the records held out; of few records more, to have about 8
     num_checked: int = 1200  # held-out fable instructions answered and checked, before and after
     forgetting: str = ""  # a prepared dataset to measure bits per byte on, before and after, as fables
@@ -103,7 +102,6 @@ class TuneConfig(TrainConfig):
     warmup_iters: float = 0.05  # updates of linear warmup; below 1: that share of max_iters
     cooldown_frac: float = 0.5  # share of max_iters in which schedule=wsd comes down
     eval_interval: int | None = None  # updates between evaluations, each with a checkpoint; by default an epoch
-    compile: bool = False  # torch.compile the model: slow to start, as batches come in many shapes
 
 
 # ---- LoRA itself -----------------------------------------------------------------------------------------------------
@@ -143,7 +141,7 @@ def add_lora(model, rank=8, alpha=16, dropout=0.0, targets="all-linear", rslora=
     model.requires_grad_(False)
     for name, linear in linears.items():
         if name.rpartition(".")[2] in wanted:
-            set_module(model, name, LoRALinear(linear, rank, alpha, dropout, rslora))
+            model.set_submodule(name, LoRALinear(linear, rank, alpha, dropout, rslora))
     return model
 
 
@@ -154,18 +152,13 @@ def merge_lora(model):
         base = layer.base_layer
         delta = layer.lora_B.weight.float() @ layer.lora_A.weight.float() * layer.scale
         base.weight.copy_(base.weight.float() + delta)
-        set_module(model, name, base)
+        model.set_submodule(name, base)
     return model
 
 
 def lora_layers(model):
     """(name, layer) of every LoRALinear in the model."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear)]
-
-
-def set_module(model, name, module):
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -342,7 +335,8 @@ class InstructionTuning:
         if not (self.train_set and self.val_set):
             which, limit = "held-out" if self.train_set else "train", lora_cfg.max_length
             raise UserError(f"--data={lora_cfg.data}: no {which} record has a response within {limit} tokens")
-        self.train_batches, self.val_batches = self.group(self.train_set), self.group(self.val_set)
+        self.rows_per_batch, self.row_length = self.batch_shape()
+        self.train_rows, self.val_rows = self.pack(self.train_set), self.pack(self.val_set)
 
     def encode_all(self, conversations):
         """Conversations -> [(ids, targets)], those kept. Targets: the responses' ids, elsewhere -100. Too long ones
@@ -362,33 +356,48 @@ class InstructionTuning:
             kept.append(messages)
         return encoded, kept
 
-    def group(self, encoded):
-        """Batches, as lists of record numbers: records of like length together, within max_tokens_per_batch."""
-        lengths = np.array([len(ids) for ids, _ in encoded])
-        size = self.lora_cfg.batch_size or max(4, round(len(lengths) / 100))
-        batches, batch = [], []
-        for i in np.argsort(lengths, kind="stable"):
-            tokens = (len(batch) + 1) * lengths[i]  # the longest comes last
-            if batch and (tokens > self.lora_cfg.max_tokens_per_batch or len(batch) == size):
-                batches.append(batch)
-                batch = []
-            batch.append(int(i))
-        return [*batches, batch]
+    def batch_shape(self):
+        """Rows in a batch and tokens in a row, always the same, so that one compiled graph serves all batches."""
+        lengths, cfg = [len(ids) - 1 for ids, _ in self.train_set], self.lora_cfg
+        records = cfg.batch_size or max(4, round(len(lengths) / 100))
+        tokens = min(cfg.max_tokens_per_batch, round(records * sum(lengths) / len(lengths)))
+        longest = max(lengths + [len(ids) - 1 for ids, _ in self.val_set])
+        row = max(longest, min(tokens, cfg.max_length))
+        return max(1, tokens // row), row
 
-    def collate(self, encoded, batch):
-        """Inputs and targets (B, T) of a batch."""
-        ids, targets = zip(*(encoded[i] for i in batch), strict=True)
-        x = pad_sequence([t[:-1] for t in ids], batch_first=True, padding_value=self.tokenizer.eot)
-        return x, pad_sequence([t[1:] for t in targets], batch_first=True, padding_value=-100)
+    def pack(self, encoded):
+        """Rows, as lists of record numbers: each record, the longest first, in the first row that has room for it."""
+        rows, room = [], np.full(len(encoded), self.row_length)
+        for i in sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0])):
+            length = len(encoded[i][0]) - 1
+            row = int(np.argmax(room >= length))
+            rows += [[]] * (row == len(rows))
+            rows[row] = [*rows[row], i]
+            room[row] -= length
+        return rows
+
+    def collate(self, encoded, rows):
+        """Inputs, targets and documents (B, T) of some rows, filled up to a batch."""
+        x, y, documents = torch.tensor([self.tokenizer.eot, -100, 0])[:, None, None].repeat(
+            1, self.rows_per_batch, self.row_length
+        )
+        for row, records in enumerate(rows):
+            start = 0
+            for number, i in enumerate(records, 1):
+                ids, targets = encoded[i]
+                here = row, slice(start, start := start + len(ids) - 1)
+                x[here], y[here], documents[here] = ids[:-1], targets[1:], number
+        return x, y, documents
 
     def micro_batches(self, step):
-        size, seed = self.cfg.gradient_accumulation_steps, self.cfg.seed
-        taken = epoch_shuffled_indices(len(self.train_batches), size, seed, step)
-        return [self.collate(self.train_set, self.train_batches[i]) for i in taken]
+        accumulated = self.cfg.gradient_accumulation_steps
+        taken = epoch_shuffled_indices(len(self.train_rows), accumulated * self.rows_per_batch, self.cfg.seed, step)
+        batches = taken.reshape(accumulated, -1)
+        return [self.collate(self.train_set, [self.train_rows[i] for i in batch]) for batch in batches]
 
     def validation_batches(self):
-        for batch in self.val_batches:
-            yield self.collate(self.val_set, batch)
+        for i in range(0, len(self.val_rows), self.rows_per_batch):
+            yield self.collate(self.val_set, self.val_rows[i : i + self.rows_per_batch])
 
     def metrics(self, loss):
         results = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 99))}
@@ -402,7 +411,7 @@ class InstructionTuning:
         prompts = [encode_conversation(self.tokenizer, messages[:-1], self.template)[0] for messages in conversations]
         answers = [""] * len(prompts)
         order = np.argsort([len(ids) for ids in prompts], kind="stable")  # prompts of like length share a batch
-        for batch in np.split(order, range(64, len(order), 64)):
+        for batch in np.split(order, range(256, len(order), 256)):
             limits = [max_new_tokens[i] for i in batch]
             # too long ones lose what was said first
             fitting = [prompts[i][:1] + prompts[i][1:][1 - limit + n :] for i, n in zip(batch, limits, strict=True)]
@@ -489,7 +498,7 @@ def start_model(lora_cfg, cfg, device):
 def fill_in(task):
     """The settings that the number of records and the size of the model decide, where they were left open."""
     lora_cfg, cfg = task.lora_cfg, task.cfg
-    per_epoch = len(task.train_batches) / cfg.gradient_accumulation_steps
+    per_epoch = len(task.train_rows) / task.rows_per_batch / cfg.gradient_accumulation_steps
     max_iters = max(1, round(per_epoch * (lora_cfg.epochs or max(3, 100 / per_epoch))))
     open_settings = {
         "max_iters": max_iters,
@@ -513,7 +522,7 @@ def open_plain_text(lora_cfg, cfg, model, tokenizer):
 def print_plan(task):
     """What will be trained, for how long and how fast."""
     cfg, (trainable, total) = task.cfg, count_parameters(task.model)
-    per_update = cfg.gradient_accumulation_steps / len(task.train_batches)  # share of an epoch
+    per_update = cfg.gradient_accumulation_steps * task.rows_per_batch / len(task.train_rows)  # share of an epoch
     tokens = sum(len(ids) for ids, _ in task.train_set) * per_update
     print(f"data: {len(task.train_set):,} records to learn, {len(task.val_set):,} held out, {task.dropped:,} dropped")
     print(f"training {trainable:,} of {total:,} parameters: {cfg.max_iters:,} updates of {tokens:,.0f} tokens, "

@@ -13,6 +13,7 @@ transformers (modeling_gemma3.py).
 Letters in shapes: B batch, T time, C hidden_size, H attention heads, K key/value heads, D head_dim, V vocabulary.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -25,11 +26,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.utils.rnn import pad_sequence
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-ACTIVATIONS = {"gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}  # by transformers' names: x -> same shape
+# by transformers' names: x -> same shape
+ACTIVATIONS = {
+    # x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), written with sigmoid(2 y) = (1 + tanh y) / 2, which costs one exp
+    "gelu_pytorch_tanh": lambda x: x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)),
+}
 
 
 @dataclass
@@ -77,10 +82,10 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(positions, head_dim, base, factor):
-    """Cosines and sines of RoPE: positions (T,) -> two float32 tensors (T, D/2). The d-th pair turns by
-    base^(-2d/D) radians per position (Su et al. 2021); `factor` stretches positions (linear scaling)."""
+    """Cosines and sines of RoPE: positions (B or 1, T) -> two float32 tensors (B or 1, 1, T, D/2). The d-th pair turns
+    by base^(-2d/D) radians per position (Su et al. 2021); `factor` stretches positions (linear scaling)."""
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = (positions.float() / factor)[:, None] / base**exponent  # (T, D/2)
+    angles = (positions.float() / factor)[:, None, :, None] / base**exponent
     return angles.cos(), angles.sin()
 
 
@@ -101,7 +106,6 @@ class Attention(nn.Module):
         C, D = config.hidden_size, config.head_dim
         self.layer = layer
         self.head_dim = D
-        self.window = config.sliding_window if config.layer_types[layer] == SLIDING else config.max_position_embeddings
         self.scale = config.query_pre_attn_scalar**-0.5
         self.dropout = dropout
         self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=False)
@@ -111,7 +115,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(D, config.rms_norm_eps)
         self.k_norm = RMSNorm(D, config.rms_norm_eps)
 
-    def forward(self, x, rope, mask, cache):
+    def forward(self, x, rope, mask, window, cache):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
@@ -122,10 +126,10 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if cache is not None and T == 1:
             y = cached_attention(q, k, v, mask, self.scale)
-        elif mask is not None:
+        elif isinstance(mask, BlockMask):
             y = flex_attention(q, k, v, block_mask=mask, scale=self.scale, enable_gqa=True)
-        elif T > self.window or x.device.type in BLOCKED_ATTENTION_DEVICES:
-            y = blocked_attention(q, k, v, self.window, self.scale, dropout)
+        elif T > window or mask is not None or x.device.type in BLOCKED_ATTENTION_DEVICES:
+            y = blocked_attention(q, k, v, window, self.scale, dropout, mask)
         else:
             y = causal_attention(q, k, v, self.scale, dropout)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H*D) -> (B, T, C)
@@ -160,8 +164,8 @@ class Block(nn.Module):
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, rope, mask, cache):
-        y = self.self_attn(self.input_layernorm(x), rope[self.kind], mask[self.kind], cache)
+    def forward(self, x, rope, mask, window, cache):
+        y = self.self_attn(self.input_layernorm(x), rope, mask, window, cache)
         x = x + self.dropout(self.post_attention_layernorm(y))
         y = self.mlp(self.pre_feedforward_layernorm(x))
         return x + self.dropout(self.post_feedforward_layernorm(y))
@@ -187,44 +191,65 @@ class Gemma(nn.Module):
             }
         )
         self.dropout = nn.Dropout(dropout)
-        self.compiled_decode_step = None
+        self.compiled_decode_step, self.layers_compiled = None, False
 
-    def forward(self, tokens, targets=None, reduction="mean", cache=None):
+    def forward(self, tokens, targets=None, documents=None, reduction="mean", cache=None):
         """tokens (B, T) int64 -> logits (B, T, V).
 
         With targets (B, T): the cross-entropy in nats, "mean" or "sum" over the targets that are not -100.
+        With documents (B, T), numbers that stay the same through a document: each attends to itself alone, from
+        position 0, as if it had a row of its own.
         With a KVCache: tokens are a prompt for an empty one, or the one token (B, 1) that follows what it holds; only
         the last position's logits come back, (B, 1, V)."""
         config, embedding = self.config, self.model.embed_tokens.weight
         T, limit = tokens.shape[1], config.max_position_embeddings
         if T > limit:
             raise ValueError(f"{T} tokens are more than the model's max_position_embeddings={limit}")
-        positions = torch.arange(T, device=tokens.device)
+        positions = torch.arange(T, device=tokens.device)[None]
         if cache is not None:
             positions = positions + cache.length
+        elif documents is not None:
+            positions = positions - (positions * starts_of(documents)).cummax(1).values
         rope = {
             SLIDING: rope_table(positions, config.head_dim, config.rope_local_base_freq, 1.0),
             FULL: rope_table(positions, config.head_dim, config.rope_theta, config.rope_linear_factor),
         }
-        mask = {SLIDING: None, FULL: None}  # None: causal, within the layer's window
+        window = {SLIDING: min(T, config.sliding_window), FULL: T}  # keys up to its own that a query sees
+        mask = {SLIDING: documents, FULL: documents}  # None: causal, within the window
         if cache is not None and T == 1:
             mask = cache.valid_slots()
-        elif T > config.sliding_window and not self.dropout.p and use_flex_attention(tokens.device):
+        elif documents is None and T > config.sliding_window and not self.dropout.p and self.takes_flex_attention():
             mask[SLIDING] = sliding_window_mask(T, config.sliding_window, tokens.device)
 
         # the scale is rounded to the weights' dtype, as in the published models (25.25 for 270M in bfloat16)
         x = F.embedding(tokens, embedding) * torch.tensor(config.hidden_size**0.5, dtype=embedding.dtype)
         x = self.dropout(x)  # (B, T, C)
         for block in self.model.layers:
-            x = block(x, rope, mask, cache)
+            x = block(x, rope[block.kind], mask[block.kind], window[block.kind], cache)
         if cache is not None:
             cache.length += T
             x = x[:, -1:]
-        x = self.model.norm(x)
         if targets is None:
-            return F.linear(x, embedding)  # (B, T, V)
-        loss = LinearCrossEntropy.apply(x.flatten(0, 1), embedding, targets.flatten(), torch.is_grad_enabled())
+            return F.linear(self.model.norm(x), embedding)  # (B, T, V)
+        loss = self.loss(x, targets)
         return loss / (targets != -100).sum() if reduction == "mean" else loss
+
+    def loss(self, x, targets):
+        """The last norm, the head and the cross-entropy, summed: x (B, T, C), targets (B, T) -> nats."""
+        x = self.model.norm(x).flatten(0, 1)
+        return LinearCrossEntropy.apply(x, self.model.embed_tokens.weight, targets.flatten(), torch.is_grad_enabled())
+
+    def compile_layers(self):
+        """Compile for training the parts of forward() by themselves: one graph serves all layers of a kind, so that
+        compiling takes no longer for many layers, and a layer's memory is planned apart from the others'."""
+        for block in self.model.layers:
+            block.compile(dynamic=False)
+        self.loss = torch.compile(self.loss, dynamic=False)
+        self.layers_compiled = True
+
+    def takes_flex_attention(self):
+        compiled = self.layers_compiled or torch.compiler.is_compiling()  # else it would hold all the scores at once
+        return compiled and use_flex_attention(self.device)
 
     @torch.no_grad()
     def init_weights(self, seed, device=None):
@@ -434,7 +459,8 @@ def filter_logits(logits, top_p=None, min_p=None):
 
 def complete(model, tokenizer, prompts, max_new_tokens, **sampling):
     """What generate_batch() makes of prompts (lists of token ids), as texts. tokenizer: anything with decode(ids)."""
-    *_, made = model.generate_batch(prompts, max_new_tokens, **sampling)
+    with torch.compiler.set_stance("force_eager"):  # compiled layers would be compiled for every length anew
+        *_, made = model.generate_batch(prompts, max_new_tokens, **sampling)
     return [tokenizer.decode(ids) for ids in made]
 
 
@@ -595,8 +621,14 @@ BLOCKED_ATTENTION_DEVICES = ("cpu",)  # where blocked_attention is faster than P
 QUERY_BLOCK = 128  # queries in a block
 
 
-def blocked_attention(q, k, v, window, scale, dropout):
-    """Causal attention of q (B, H, T, D) to k, v (B, K, T, D), each query to the `window` last keys up to its own.
+def starts_of(documents):
+    """documents (B, T) -> whether a document begins here, (B, T)."""
+    return documents != F.pad(documents[:, :-1], (1, 0), value=-1)
+
+
+def blocked_attention(q, k, v, window, scale, dropout, documents=None):
+    """Causal attention of q (B, H, T, D) to k, v (B, K, T, D), each query to the `window` last keys up to its own, of
+    its own document where documents (B, T) tell them apart.
 
     Some queries at a time multiply the keys that any of them can see, so what lies beyond a window costs nothing. On
     CPUs faster than PyTorch's flash kernel (python tests/benchmark.py --job=attention), above all backward."""
@@ -607,7 +639,10 @@ def blocked_attention(q, k, v, window, scale, dropout):
         q_i = q[:, :, start:end].reshape(B, K, -1, D)  # heads that share keys make one product
         scores = (q_i @ k[:, :, first:end].transpose(2, 3)).view(B, H, end - start, end - first).float() * scale
         distance = positions[start:end, None] - positions[first:end]
-        scores = scores.masked_fill((distance < 0) | (distance >= window), -math.inf)
+        hidden = (distance < 0) | (distance >= window)
+        if documents is not None:
+            hidden = hidden | (documents[:, None, start:end, None] != documents[:, None, None, first:end])
+        scores = scores.masked_fill(hidden, -math.inf)
         weights = F.dropout(scores.softmax(-1), dropout).type_as(v)
         blocks.append((weights.view(B, K, -1, end - first) @ v[:, :, first:end]).view(B, H, end - start, D))
     return torch.cat(blocks, dim=2)
@@ -621,13 +656,14 @@ def causal_attention(q, k, v, scale, dropout):
 
 
 def use_flex_attention(device):
-    """Whether FlexAttention makes one kernel of a sliding window: when compiled, on GPUs with the shared memory that
-    its backward needs at Gemma's head_dim of 256: H100, H200 and B200 have 227 KB a block, A100 163, others less."""
-    if device.type != "cuda" or not torch.compiler.is_compiling():
+    """Whether FlexAttention, compiled, makes one kernel of a sliding window: on GPUs with the shared memory that its
+    backward needs at Gemma's head_dim of 256: H100, H200 and B200 have 227 KB a block, A100 163, others less."""
+    if device.type != "cuda":
         return False
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) > 2e5  # 0: ROCm
 
 
+@functools.lru_cache(maxsize=8)
 def sliding_window_mask(T, window, device):
     """FlexAttention's BlockMask of the last `window` keys up to each query: blocks that no query sees are skipped."""
 

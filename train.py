@@ -31,6 +31,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
@@ -196,15 +197,15 @@ def learning_rate(step, cfg):
 
 
 def backward(forward, micro_batches, device, dtype):
-    """Add up the gradients of an update's micro-batches of (inputs, targets), which the processes share -> the mean
-    loss in nats per target, a tensor on the device, which may still be at work."""
+    """Add up the gradients of an update's micro-batches, which the processes share -> the mean loss in nats per target,
+    a tensor on the device, which may still be at work."""
     # every target of the update weighs the same, however unevenly micro-batches and processes share them
-    num_targets = sum(int((y != -100).sum()) for _, y in micro_batches)
+    num_targets = sum(int((y != -100).sum()) for _, y, *_ in micro_batches)
     total, mine = torch.zeros((), device=device), local_micro_batches(micro_batches)
-    for i, (x, y) in enumerate(mine):
+    for i, batch in enumerate(mine):
         set_gradient_sync(forward, i == len(mine) - 1)
         with autocast(device, dtype):
-            loss = forward(to_device(x, device), to_device(y, device), reduction="sum") / num_targets
+            loss = forward(*to_device(batch, device), reduction="sum") / num_targets
         (loss * world_size()).backward()  # the mean over processes is then the sum
         total += loss.detach()
     return all_reduce_sum(total, device)
@@ -235,7 +236,8 @@ class Trainer:
 
         model, floor_loss           the entropy floor of the validation loss, or None
         memory_hint                 what to do where memory is too small
-        micro_batches(step)         [(inputs, targets), ...] of an update, (B, T) int64; -100: nothing to predict here
+        micro_batches(step)         [(inputs, targets), ...] of an update, (B, T) int64; -100: nothing to predict here;
+                                    or (inputs, targets, documents), as Gemma.forward() takes them
         validation_batches()        an iterable of such pairs
         metrics(loss)               of a validation loss: {name: number} for the log, and a line to print
         sample()                    a text that the model writes, to look at
@@ -266,7 +268,8 @@ class Trainer:
         start_out_dir(cfg)
         self.peak_flops = peak_flops(self.device, self.dtype) * world_size()
         self.started = time.perf_counter() - state.seconds
-        self.last_line = SimpleNamespace(at=time.perf_counter(), step=state.step, tokens=state.tokens)
+        self.start_clock()
+        first = state.step
         with self.signals_noted(), runtime_errors(task.memory_hint), Log(cfg, state.step) as self.log:
             self.model.train()
             micro_batches = task.micro_batches(state.step)
@@ -279,13 +282,15 @@ class Trainer:
                 lr = self.set_learning_rate()
                 torch.manual_seed(hash((cfg.seed, state.step, rank())))  # dropout is a function of seed, step and rank
                 loss = backward(self.forward, micro_batches, self.device, self.dtype)
-                state.tokens += sum(num_tokens(y) for _, y in micro_batches)
+                state.tokens += sum(num_tokens(y) for _, y, *_ in micro_batches)
                 micro_batches = task.micro_batches(state.step + 1)  # while the device is at work
                 loss, grad_norm = optimizer_step(self.optimizers, loss, cfg.grad_clip)
                 state.step += 1
                 self.check_finite(loss, grad_norm)
                 if state.step % cfg.log_interval == 0 or state.step == cfg.max_iters:
                     self.log_update(loss, lr, grad_norm, micro_batches[0][0].shape[1])
+                if state.step == first + 1:  # which had to compile
+                    self.start_clock()
             if self.stop_signal:
                 self.save("last")
         if self.write_errors:
@@ -326,6 +331,9 @@ class Trainer:
         self.save(*["best"] * is_best, "last")
         self.last_line.at += time.perf_counter() - paused  # speed is that of training alone
         return True
+
+    def start_clock(self):
+        self.last_line = SimpleNamespace(at=time.perf_counter(), step=self.state.step, tokens=self.state.tokens)
 
     def log_update(self, loss, lr, grad_norm, T):
         """A line, and an entry in log.jsonl: add what else you want to see."""
@@ -441,10 +449,13 @@ class Pretraining:
         return [self.train_rows.batch(part) for part in rows.reshape(-1, self.data_cfg.batch_size)]
 
     def validation_batches(self):
-        """The validation split, or the first eval_tokens of it: always the same rows, each token a target once."""
+        """The validation split, or the first eval_tokens of it: always the same rows, each token a target once. The
+        last batch is filled up, so that all have one shape."""
         size = self.data_cfg.batch_size
         for i in range(0, self.num_val_rows, size):
-            yield self.val_rows.batch(range(i, min(i + size, self.num_val_rows)), new_only=True)
+            x, y = self.val_rows.batch(range(i, min(i + size, self.num_val_rows)), new_only=True)
+            filler = (0, 0, 0, size - len(x))
+            yield F.pad(x, filler), F.pad(y, filler, value=-100)
 
     def metrics(self, loss):
         bpb = loss / math.log(2) / self.bytes_per_token  # bits per byte of text compares across tokenizers
@@ -536,11 +547,51 @@ def start_model(data_cfg, cfg, arch, dataset, device):
 # ---- optimizers ------------------------------------------------------------------------------------------------------
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): matrices move by their mean gradient, orthogonalized. Moves have the size of AdamW's
+    (0.2 rms, Liu et al. 2025), so that one learning rate serves both.
+
+    Matrices of one shape are a group, and are orthogonalized together, which keeps the device busier; of several
+    processes each does a part of every group."""
+
+    def __init__(self, params, momentum=0.95, weight_decay=0.0):
+        by_shape = {}
+        for p in params:
+            by_shape.setdefault(p.shape, []).append(p)
+        defaults = {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__([{"params": group} for group in by_shape.values()], defaults)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params, beta = group["params"], group["momentum"]
+            directions = []
+            for p in params:
+                mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                mean.lerp_(p.grad, 1 - beta)
+                directions.append(full_tensor(p.grad.lerp(mean, beta)))  # Nesterov's
+            moves = share_work(orthogonalize, torch.stack(directions))
+            size = 0.2 * max(moves.shape[1:]) ** 0.5
+            for p, move in zip(params, moves, strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(shard_like(move.to(p.dtype), p), alpha=-group["lr"] * size)
+
+
+def orthogonalize(stack):
+    """Matrices (N, rows, columns) -> bfloat16 ones with the same singular vectors, and singular values of about 1: five
+    steps of Newton and Schulz with Jordan's coefficients."""
+    wide = stack.mT if stack.shape[1] > stack.shape[2] else stack
+    x = wide.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+    return x if wide is stack else x.mT
+
+
 def muon(matrices, others, cfg):
-    """Muon (Jordan et al. 2024) for the matrices, AdamW for the rest."""
-    # match_rms_adamw (Liu et al. 2025) scales Muon's updates to the size of AdamW's: one learning rate serves both
-    kwargs = {"weight_decay": cfg.weight_decay, "momentum": cfg.momentum, "adjust_lr_fn": "match_rms_adamw"}
-    return [*([torch.optim.Muon(matrices, **kwargs)] if matrices else []), *adamw([], others, cfg)]
+    return [*([Muon(matrices, cfg.momentum, cfg.weight_decay)] if matrices else []), *adamw([], others, cfg)]
 
 
 def adamw(matrices, others, cfg):
@@ -587,17 +638,17 @@ def load_optimizer_state(optimizers, model, saved, sharded):
 
 
 def evaluate(model, batches, device, dtype):
-    """Mean loss in nats over the targets of batches of (inputs, targets), which the processes share."""
+    """Mean loss in nats over the targets of batches, which the processes share."""
     was_training, batches = model.training, iter(batches)
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)  # of losses, of targets
     with torch.no_grad(), autocast(device, dtype):
         while group := list(itertools.islice(batches, world_size())):
-            x, y = group[min(rank(), len(group) - 1)]
+            batch = group[min(rank(), len(group) - 1)]
             if rank() >= len(group):  # nothing left for this process, but all must come along
-                y = torch.full_like(y, -100)
-            loss = model(to_device(x, device), to_device(y, device), reduction="sum")
-            sums += torch.tensor([loss.item(), (y != -100).sum()], dtype=torch.float64)
+                batch = without_targets(batch)
+            loss = model(*to_device(batch, device), reduction="sum")
+            sums += torch.tensor([loss.item(), (batch[1] != -100).sum()], dtype=torch.float64)
     model.train(was_training)
     total, count = all_reduce_sum(sums, device).tolist()
     return total / max(1, count)
@@ -915,9 +966,9 @@ def can_compile(device):
     return True
 
 
-def to_device(tensor, device):
-    """Copy a batch. From pinned memory this does not wait for the GPU, which is busy with the batch before."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+def to_device(batch, device):
+    """Copy a batch's tensors. From pinned memory this does not wait for the GPU, which is busy with the batch before."""
+    return [(t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True) for t in batch]
 
 
 def autocast(device, dtype):
@@ -1036,16 +1087,24 @@ def local_micro_batches(micro_batches):
     """This process's part of an update: whole micro-batches where they share out evenly, else some rows of each."""
     if len(micro_batches) % world_size() == 0:
         return micro_batches[rank() :: world_size()]
-    mine = [(x[rank() :: world_size()], y[rank() :: world_size()]) for x, y in micro_batches]
     # without a row of its own a process comes along with one that has no targets
-    return [(x, y) if len(x) else (whole[:1], torch.full_like(whole[:1], -100))
-            for (x, y), (whole, _) in zip(mine, micro_batches, strict=True)]  # fmt: skip
+    return [
+        [t[rank() :: world_size()] for t in batch] if len(batch[0]) > rank() else without_targets([t[:1] for t in batch])
+        for batch in micro_batches
+    ]
+
+
+def without_targets(batch):
+    """A batch that costs what it costs, and teaches nothing."""
+    x, y, *more = batch
+    return [x, torch.full_like(y, -100), *more]
 
 
 def compile_and_wrap_ddp(model, cfg):
     """The model as backward() calls it: compiled, and with gradients that are means over all processes."""
-    forward = torch.compile(model) if cfg.compile else model
-    return DistributedDataParallel(forward) if dist.is_initialized() and not cfg.fsdp else forward
+    if cfg.compile:
+        model.compile_layers()
+    return DistributedDataParallel(model) if dist.is_initialized() and not cfg.fsdp else model
 
 
 def set_gradient_sync(forward, wanted):
@@ -1086,6 +1145,27 @@ def distribute(tensor, like):
         dist.broadcast(tensor, 0)
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements)
+
+
+def shard_like(tensor, like):
+    """This process's part of a tensor that all have, sharded as the DTensor `like`; all of it where that is none."""
+    if not hasattr(like, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(tensor, like.device_mesh, [Replicate()]).redistribute(placements=like.placements)
+
+
+def share_work(function, stack):
+    """function(stack), of a stack of things that all processes have: each works on a part of them."""
+    if world_size() == 1:
+        return function(stack)
+    count = math.ceil(len(stack) / world_size())
+    parts = F.pad(stack, (0, 0) * (stack.ndim - 1) + (0, count * world_size() - len(stack)))
+    mine = function(parts[rank() * count :][:count]).contiguous()
+    done = mine.new_empty(len(parts), *mine.shape[1:])
+    dist.all_gather_into_tensor(done, mine)
+    return done[: len(stack)]
 
 
 def full_tensor(tensor):

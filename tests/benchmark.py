@@ -95,13 +95,14 @@ def training(cfg, device, dtype):
         cast_base_weights(add_lora(model, cfg.rank, 2.0 * cfg.rank), dtype)
     loop = train.TrainConfig(optimizer=cfg.optimizer, learning_rate=1e-4, compile=cfg.compile)
     optimizers = train.make_optimizers(model, loop)
-    forward = torch.compile(model) if cfg.compile else model
+    if cfg.compile:
+        model.compile_layers()
     rows = torch.randint(1, model.config.vocab_size, (cfg.batch_size, cfg.block_size + 1))
     micro_batches = [(part[:, :-1], part[:, 1:]) for part in rows.chunk(cfg.gradient_accumulation_steps)]
     model.train()
 
     def step():
-        loss = train.backward(forward, micro_batches, device, dtype)
+        loss = train.backward(model, micro_batches, device, dtype)
         train.optimizer_step(optimizers, loss, loop.grad_clip)
 
     return step, cfg.batch_size * cfg.block_size, model
