@@ -567,7 +567,9 @@ class Muon(torch.optim.Optimizer):
             params, beta = group["params"], group["momentum"]
             directions = []
             for p in params:
-                mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                mean = self.state[p]["momentum_buffer"]
                 mean.lerp_(p.grad, 1 - beta)
                 directions.append(full_tensor(p.grad.lerp(mean, beta)))  # Nesterov's
             moves = share_work(orthogonalize, torch.stack(directions))

@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
+import torch
 
 import config
 import train
@@ -89,6 +90,72 @@ def growing_batch():
     train.Pretraining.micro_batches = micro_batches
 
 
+def momentum_schedule():
+    """Muon's momentum rises from 0.85 in the first tenth of the updates, and comes down to it in the last."""
+    set_learning_rate = train.Trainer.set_learning_rate
+
+    def scheduled(self):
+        done = self.state.step / self.cfg.max_iters
+        for group in self.optimizers[0].param_groups:
+            group["momentum"] = 0.85 + (self.cfg.momentum - 0.85) * min(1, 10 * done, 10 * (1 - done))
+        return set_learning_rate(self)
+
+    train.Trainer.set_learning_rate = scheduled
+
+
+def row_normalized():
+    """NorMuon (Li et al. 2025): rows of an orthogonalized move get one size, by the mean of their squares."""
+    orthogonalize, seconds = train.orthogonalize, {}
+
+    def normalized(stack):
+        moves = orthogonalize(stack).float()
+        mean = seconds.setdefault(stack.shape, torch.zeros(*stack.shape[:2], 1))
+        mean.lerp_(moves.square().mean(2, keepdim=True), 0.05)
+        rows = moves / mean.sqrt().clamp(min=1e-8)
+        return rows * (moves.norm(dim=(1, 2), keepdim=True) / rows.norm(dim=(1, 2), keepdim=True))
+
+    train.orthogonalize = normalized
+
+
+def polar_express():
+    """The coefficients of Amsel et al. 2025, best for five steps."""
+    coefficients = [
+        (8.28721201814563, -23.595886519098837, 17.300387312530933),
+        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    ]
+
+    def orthogonalize(stack):
+        wide = stack.mT if stack.shape[1] > stack.shape[2] else stack
+        x = wide.bfloat16()
+        x = x / (x.norm(dim=(1, 2), keepdim=True) * 1.02 + 1e-6)
+        for a, b, c in coefficients:
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x if wide is stack else x.mT
+
+    train.orthogonalize = orthogonalize
+
+
+def adamw_with(scale=1.0, **settings):
+    """The AdamW beside Muon, for embedding and norms, with settings of its own."""
+
+    def patch():
+        muon = train.muon
+
+        def changed(matrices, others, cfg):
+            first, adamw = muon(matrices, others, cfg)
+            for group in adamw.param_groups:
+                group |= {"lr_scale": scale} | settings
+            return [first, adamw]
+
+        train.OPTIMIZERS["muon"] = changed
+
+    return patch
+
+
 ADAMW, COSINE = "--optimizer=adamw", "--schedule=cosine"
 VARIANTS = {  # name: (flags, a patch)
     "recipe": ([], None),
@@ -114,6 +181,14 @@ VARIANTS = {  # name: (flags, a patch)
     "cooldown 1.0": (["--cooldown_frac=1"], None),
     "warmup 20": (["--warmup_iters=20"], None),
     "beta2 0.99": (["--beta2=0.99"], None),
+    "momentum schedule": ([], momentum_schedule),
+    "rows normalized": ([], row_normalized),
+    "polar express": ([], polar_express),
+    "embedding and norms x 0.3": ([], adamw_with(0.3)),
+    "embedding and norms x 3": ([], adamw_with(3.0)),
+    "beta1 0.8, eps 1e-10": ([], adamw_with(betas=(0.8, 0.95), eps=1e-10)),
+    "weight decay 0.1": (["--weight_decay=0.1"], None),
+    "weight decay 1": (["--weight_decay=1"], None),
     "random starts": ([], random_starts),
     "growing batch": ([], growing_batch),
 }
