@@ -1,0 +1,77 @@
+"""The documents: what their commands and links name exists, and the README stays short."""
+
+import ast
+import importlib
+import re
+import shlex
+import tomllib
+from typing import get_type_hints
+
+import pytest
+from conftest import HOME
+
+from config import UserError, allowed_types, coerce, literal, read_file
+
+PAGES = [HOME / "README.md", *sorted((HOME / "docs").glob("*.md"))]
+BLOCK = re.compile(r"(?ms)^```(\w+)\n(.*?)^```")
+
+
+def commands(text):
+    """The commands in a page's sh blocks, and those in `backticks` that begin with python or torchrun, as words."""
+    lines = "\n".join(code for kind, code in BLOCK.findall(text) if kind == "sh").replace("\\\n", " ").splitlines()
+    lines += re.findall(r"`((?:python|torchrun) [^`]+)`", " ".join(BLOCK.sub("", text).split()))
+    return [shlex.split(part, comments=True) for line in lines for part in line.split(" && ")]
+
+
+def settings_of(script):
+    """{field: type} of the dataclasses that the script's run(main, ...) takes; none where it has no settings."""
+    found = re.findall(r"run\(main, ([\w., ]+)\)", (HOME / script).read_text(encoding="utf-8"))
+    module = importlib.import_module(script.removeprefix("tests/").removesuffix(".py")) if found else None
+    classes = [getattr(module, name) for name in found[-1].split(", ")] if found else []
+    return {name: allowed_types(hint) for cls in classes for name, hint in get_type_hints(cls).items()}
+
+
+def check(command):
+    """The script, config files and tests that a command names exist. Its flags are the script's settings, with values
+    of their type or placeholders in capitals."""
+    files = [word for word in command if word.endswith(".py") and "=" not in word]
+    for file in files:
+        assert (HOME / file).is_file(), f"no {file}"
+    if not files or "-m" in command:
+        return
+    types = settings_of(files[0])
+    for word in command[command.index(files[0]) + 1 :]:
+        key, _, value = word.removeprefix("--").partition("=")
+        values = read_file(HOME / word) if word in files else {key: literal(value)}
+        for key, value in values.items():
+            assert key in types, f"{files[0]} has no setting {key}"
+            coerce(word, key, str(value) if str in types[key] else value, types[key] + (str,) * str(value).isupper())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_links_name_what_exists(page):
+    text = page.read_text(encoding="utf-8")
+    for command in commands(text):
+        try:
+            check(command)
+        except (AssertionError, UserError) as e:
+            raise AssertionError(f"{page.name}: {shlex.join(command)}: {e}") from None
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", text)) if ":" not in link]
+    missing = [link for link in links if not (page.parent / link).exists()]
+    assert not missing, f"{page.name} links to {missing}"
+    for kind, code in BLOCK.findall(text):
+        assert kind != "python" or ast.parse(code), code
+
+
+def test_the_readme_is_short_and_has_both_lines_for_a_fresh_machine():
+    lines = (HOME / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 140
+    first = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements"
+    assert sum(line.startswith((f"{first}.txt && python", f"{first}-dev.txt && python")) for line in lines) == 2
+
+
+def test_pyproject_names_the_versions_that_requirements_txt_installs():
+    project = tomllib.loads((HOME / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for file, listed in {"": project["dependencies"], "-dev": project["optional-dependencies"]["dev"]}.items():
+        lines = (HOME / f"requirements{file}.txt").read_text(encoding="utf-8").splitlines()
+        assert listed == [line for line in lines if line[:1] not in "-#"]
