@@ -362,8 +362,8 @@ class InstructionTuning:
         records = cfg.batch_size or max(4, round(len(lengths) / 100))
         tokens = min(cfg.max_tokens_per_batch, round(records * sum(lengths) / len(lengths)))
         longest = max(lengths + [len(ids) - 1 for ids, _ in self.val_set])
-        row = max(longest, min(tokens, cfg.max_length))
-        return max(1, tokens // row), row
+        rows = max(1, tokens // cfg.max_length)
+        return rows, max(longest, tokens // rows)
 
     def pack(self, encoded):
         """Rows, as lists of record numbers: each record, the longest first, in the first row that has room for it."""
@@ -378,15 +378,16 @@ class InstructionTuning:
 
     def collate(self, encoded, rows):
         """Inputs, targets and documents (B, T) of some rows, filled up to a batch."""
-        x, y, documents = torch.tensor([self.tokenizer.eot, -100, 0])[:, None, None].repeat(
-            1, self.rows_per_batch, self.row_length
+        x, y, documents = (
+            torch.full((self.rows_per_batch, self.row_length), filler) for filler in (self.tokenizer.eot, -100, 0)
         )
         for row, records in enumerate(rows):
             start = 0
             for number, i in enumerate(records, 1):
                 ids, targets = encoded[i]
-                here = row, slice(start, start := start + len(ids) - 1)
-                x[here], y[here], documents[here] = ids[:-1], targets[1:], number
+                end = start + len(ids) - 1
+                x[row, start:end], y[row, start:end], documents[row, start:end] = ids[:-1], targets[1:], number
+                start = end
         return x, y, documents
 
     def micro_batches(self, step):

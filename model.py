@@ -203,7 +203,7 @@ class Gemma(nn.Module):
         the last position's logits come back, (B, 1, V)."""
         config, embedding = self.config, self.model.embed_tokens.weight
         T, limit = tokens.shape[1], config.max_position_embeddings
-        if T > limit:
+        if T > limit and documents is None:
             raise ValueError(f"{T} tokens are more than the model's max_position_embeddings={limit}")
         positions = torch.arange(T, device=tokens.device)[None]
         if cache is not None:
