@@ -657,7 +657,8 @@ def test_a_published_checkpoint_is_tuned_and_opens_in_peft(project, tmp_path, in
     with our logits; an instructed model is tuned in its own turns, and any tuned one stops where its answers do."""
     base = publish_gemma(tmp_path / "published", instructed)
     run, _ = tune(
-        project, f"published{instructed}", f"--init_from={base}", "--forgetting=", "--epochs=1", "--learning_rate=0.003", "--merge=True",
+        project, f"published{instructed}", f"--init_from={base}", "--forgetting=", "--epochs=1", "--merge=True",
+        "--learning_rate=0.003",
         "--max_length=128", *(["--template="] if instructed else ["--template=alpaca", "--max_length=256"]),
     )  # fmt: skip
     template = json.loads((run / "best/instruct.json").read_text())["template"]
