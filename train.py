@@ -314,13 +314,14 @@ class Trainer:
             group["lr"] = 0.0
         self.model.train()
         batches = self.task.micro_batches(0)
-        for i in range(9):
-            started = time.perf_counter() if i <= 1 else started
+        times = [time.perf_counter()]
+        for _ in range(9):
             loss = backward(self.forward, batches, self.device, self.dtype)
             optimizer_step(self.optimizers, loss, self.cfg.grad_clip)
+            times.append(time.perf_counter())
         for optimizer in self.optimizers:
             optimizer.state.clear()
-        mean = all_reduce_sum(torch.tensor((time.perf_counter() - started) / 8), self.device) / world_size()
+        mean = all_reduce_sum(torch.tensor((times[-1] - times[1]) / 8), self.device).item() / world_size()
         return max(1, int(seconds / mean))
 
     def set_learning_rate(self):
@@ -804,9 +805,8 @@ def compare_runs(out_dirs):
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(11, 4.5), layout="constrained")
-    for ax, key, unit, label in zip(
-        fig.subplots(1, 2), ("step", "seconds"), (1, 60), ("update", "minutes"), strict=True
-    ):
+    axes = fig.subplots(1, 2)
+    for ax, key, unit, label in ((axes[0], "step", 1, "update"), (axes[1], "seconds", 60, "minutes")):
         ax.set(xlabel=label, ylabel="validation bits per byte", yscale="log")
         ax.grid(alpha=0.3, which="both")
         for out_dir in out_dirs:
@@ -817,7 +817,7 @@ def compare_runs(out_dirs):
             if key == "step":
                 last = evals[-1]
                 print(f"{out_dir}: {last['val_bpb']:.4f} bits per byte after {last['step']:,} updates, "
-                      f"{last['tokens']:,} tokens and {last['seconds'] / 60:.1f} minutes\n  {last['sample']}\n")  # fmt: skip
+                      f"{last['tokens']:,} tokens, {last['seconds'] / 60:.1f} minutes\n  {last['sample']}\n")  # fmt: skip
         ax.legend()
     fig.savefig("compare.png", dpi=110)
     print("drawn to compare.png")
@@ -1041,7 +1041,7 @@ def can_compile(device):
 
 
 def to_device(batch, device):
-    """Copy a batch's tensors. From pinned memory this does not wait for the GPU, which is busy with the batch before."""
+    """Copy a batch. From pinned memory this does not wait for the GPU, which is busy with the batch before."""
     return [(t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True) for t in batch]
 
 
@@ -1162,12 +1162,9 @@ def local_micro_batches(micro_batches):
     if len(micro_batches) % world_size() == 0:
         return micro_batches[rank() :: world_size()]
     # without a row of its own a process comes along with one that has no targets
-    return [
-        [t[rank() :: world_size()] for t in batch]
-        if len(batch[0]) > rank()
-        else without_targets([t[:1] for t in batch])
-        for batch in micro_batches
-    ]
+    mine = [[t[rank() :: world_size()] for t in batch] for batch in micro_batches]
+    return [rows if len(rows[0]) else without_targets([t[:1] for t in batch])
+            for rows, batch in zip(mine, micro_batches, strict=True)]  # fmt: skip
 
 
 def without_targets(batch):
