@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -471,6 +472,9 @@ def main(lora_cfg, cfg):
         report(task, trainer.state.before, after)
         if lora_cfg.merge:
             save_merged(task, base, best)
+        model_or_adapter = shlex.quote(f"--{'adapter' if lora_cfg.rank else 'model'}={best}")
+        asked = shlex.quote(f"--instruct={task.val_records[0][-2]['content'].splitlines()[0][:200]}")
+        print(f"next: python sample.py {model_or_adapter} {asked}")
     shutdown_distributed()
 
 

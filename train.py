@@ -816,8 +816,9 @@ def compare_runs(out_dirs):
             ax.plot([e[key] / unit for e in evals], [e["val_bpb"] for e in evals], "o-", ms=3, label=out_dir.name)
             if key == "step":
                 last = evals[-1]
+                minutes = last["seconds"] / 60
                 print(f"{out_dir}: {last['val_bpb']:.4f} bits per byte after {last['step']:,} updates, "
-                      f"{last['tokens']:,} tokens, {last['seconds'] / 60:.1f} minutes\n  {last['sample']}\n")  # fmt: skip
+                      f"{last['tokens']:,} tokens, {minutes:.1f} minutes\n  {last['sample']}\n")  # fmt: skip
         ax.legend()
     fig.savefig("compare.png", dpi=110)
     print("drawn to compare.png")
