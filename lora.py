@@ -125,7 +125,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         base = self.base_layer(x.to(self.base_layer.weight.dtype))
-        return base + self.lora_B(self.lora_A(self.dropout(x))) * self.scale
+        change = self.lora_B(self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype)))) * self.scale
+        return base + change.to(base.dtype)
 
 
 def add_lora(model, rank=8, alpha=16, dropout=0.0, targets="all-linear", rslora=False):

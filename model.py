@@ -259,7 +259,8 @@ class Gemma(nn.Module):
         """Draw every matrix from N(0, 0.02) on `device`, by default the model's. The embedding too: its rows are also
         the head's, and with std 0.02 the first loss is about ln(V). The norms behind attention and MLP start with the
         gain that makes what a block adds as large as an embedded token, whatever the weights before them are: at a gain
-        of 1 it would be larger (twice at 270M), and learns more slowly (README). Other norms start as the identity."""
+        of 1 it would be larger (twice at 270M), and learns more slowly (docs/experiments.md). Other norms start as the
+        identity."""
         device = device or self.device
         generator = torch.Generator(device).manual_seed(seed)
         embedded = 0.02 * self.config.hidden_size**0.5  # rms of an embedded token

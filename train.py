@@ -12,6 +12,7 @@ Writes out/<run>/: last/ and best/ (model directories that transformers opens), 
 
 import contextlib
 import functools
+import gc
 import itertools
 import json
 import math
@@ -176,7 +177,7 @@ def epoch_permutation(count, seed, epoch):
 
 
 def wsd(step, cfg):
-    """Warmup, stable, decay: constant, then linearly down to 0 over the last cooldown_frac."""
+    """Stable, then decay: constant, then linearly down to 0 over the last cooldown_frac."""
     return min(1, max(0, (cfg.max_iters - step) / max(1, cfg.cooldown_frac * cfg.max_iters)))
 
 
@@ -219,7 +220,7 @@ def optimizer_step(optimizers, loss, grad_clip):
     """Clip the gradients and step -> (loss, gradient norm). Where one is not finite, the weights stay as they were."""
     trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
-    loss, grad_norm = loss.item(), full_tensor(grad_norm).item()  # waits for the device
+    loss, grad_norm = torch.stack((loss, full_tensor(grad_norm))).tolist()  # waits for the device
     for optimizer in optimizers:
         if math.isfinite(loss) and math.isfinite(grad_norm):
             optimizer.step()
@@ -300,6 +301,7 @@ class Trainer:
                     self.log_update(loss, lr, grad_norm, micro_batches[0][0].shape[1])
                 if state.step == first + 1:  # which had to compile
                     self.start_clock()
+                    gc.freeze()  # what is there by now stays: Python need not look through it for garbage again
             if self.stop_signal:
                 self.save("last")
         if self.write_errors:
@@ -920,15 +922,11 @@ def open_model(path, device, dtype=torch.float32, dropout=0.0):
 
 
 def refuse_another_architecture(arch, config, path):
-    """Settings can't change the architecture of a trained model. Where they name none, its own is meant."""
-    if arch == GemmaConfig():
-        return
+    """Settings can't change the architecture of a trained model. What they leave at its default is not asked for."""
     free = {"bos_token_id", "eos_token_id", "pad_token_id", "sliding_window_pattern"}  # the last is in layer_types
-    if arch.vocab_size == GemmaConfig.vocab_size:
-        free.add("vocab_size")
     for f in fields(arch):
-        asked, there = getattr(arch, f.name), getattr(config, f.name)
-        if f.name not in free and asked != there:
+        asked, there, default = (getattr(c, f.name) for c in (arch, config, GemmaConfig()))
+        if f.name not in free and asked not in (there, default):
             raise UserError(f"{f.name}={asked}: the model in {path} has {there}, which settings can't change")
 
 
