@@ -108,7 +108,10 @@ def find_checkpoint(cfg, adapter):
         path = hub_directory(cfg.model)
     elif adapter:
         with user_errors(f"--adapter={cfg.adapter}: no adapter here"):
-            path = hub_directory(read_json(adapter / "adapter_config.json")["base_model_name_or_path"])
+            base = read_json(adapter / "adapter_config.json")["base_model_name_or_path"]
+        if not base:
+            raise UserError(f"--adapter={cfg.adapter}: does not say what it was trained on: name it by --model")
+        path = hub_directory(base)
     elif cfg.out_dir:
         path = intact_dir(Path(cfg.out_dir) / "best")
         if not path.is_dir():

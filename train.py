@@ -952,7 +952,7 @@ def read_state(path, new, fixed, on_rank0=False):
                         f"from its weights, --init_from={path}")  # fmt: skip
     settings = {key: value for key, value in new["settings"].items() if value is not None}
     before, free = state["settings"], {"init_from", "out_dir", "device", "max_records", "eval_only"}
-    if settings["max_minutes"]:
+    if settings.get("max_minutes"):
         settings["max_iters"] = before["max_iters"]
     changed = [key for key in settings if key in before and key not in free and before[key] != settings[key]]
     for key in changed:
