@@ -94,13 +94,14 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # bfloat16 (autocast over float32 weights), float32; auto: bfloat16 where it is fast
     compile: bool = True  # torch.compile the model
+    activation_memory: float = 1.0  # share of activations kept for backward; the rest is computed again (compiled only)
     fsdp: bool = False  # under torchrun: shard weights, gradients and optimizer state too, for what does not fit
     seed: int = 1337  # of the initial weights, the order of the data, dropout and samples
 
     def __post_init__(self):
         check_range(self, 1, NO_LIMIT, "gradient_accumulation_steps", "eval_interval", "log_interval")
         check_range(self, 0, 0.999999, "momentum", "beta1", "beta2")
-        check_range(self, 0, 1, "cooldown_frac")
+        check_range(self, 0, 1, "cooldown_frac", "activation_memory")
         for key, choices in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             if getattr(self, key) not in choices:
                 raise ValueError(f"{key}={getattr(self, key)!r} must be {' or '.join(choices)}")
@@ -1175,6 +1176,7 @@ def without_targets(batch):
 def compile_and_wrap_ddp(model, cfg):
     """The model as backward() calls it: compiled, and with gradients that are means over all processes."""
     if cfg.compile:
+        torch._functorch.config.activation_memory_budget = cfg.activation_memory
         model.compile_layers()
     return DistributedDataParallel(model) if dist.is_initialized() and not cfg.fsdp else model
 

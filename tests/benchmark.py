@@ -48,6 +48,7 @@ class BenchmarkConfig:
     new_tokens: int = 64  # generated
     steps: int = 6  # timed repetitions
     compile: bool = True  # torch.compile the model
+    activation_memory: float = 1.0  # of training, as in train.py
     dtype: str = "bfloat16"  # bfloat16, float32
     device: str = "auto"  # auto, cpu, cuda
     profile: bool = False  # print the ten operations that take longest
@@ -93,10 +94,11 @@ def training(cfg, device, dtype):
     model = build(cfg, device)
     if cfg.job == "lora":
         cast_base_weights(add_lora(model, cfg.rank, 2.0 * cfg.rank), dtype)
-    loop = train.TrainConfig(optimizer=cfg.optimizer, learning_rate=1e-4, compile=cfg.compile)
+    loop = train.TrainConfig(
+        optimizer=cfg.optimizer, learning_rate=1e-4, compile=cfg.compile, activation_memory=cfg.activation_memory
+    )  # fmt: skip
     optimizers = train.make_optimizers(model, loop)
-    if cfg.compile:
-        model.compile_layers()
+    train.compile_and_wrap_ddp(model, loop)
     rows = torch.randint(1, model.config.vocab_size, (cfg.batch_size, cfg.block_size + 1))
     micro_batches = [(part[:, :-1], part[:, 1:]) for part in rows.chunk(cfg.gradient_accumulation_steps)]
     model.train()
