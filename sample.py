@@ -357,7 +357,7 @@ def write_repository(folder, source, name, base, is_update):
             about, Path(__file__).parent / "docs/model_card.md", name=name, run=summary,
             sample=[entry["sample"] for entry in read_log(run / "log.jsonl") if entry.get("sample")][-1:],
             has_loss=(folder / "loss.png").exists(), chat=bool(tokenizer.config.get("chat_template")),
-            start=tokenizer.bos_token if tokenizer.bpe else "",  # Gemma's puts one there itself
+            start=tokenizer.bos_token * (tokenizer.bos_token not in str(tokenizer.spec.get("post_processor"))),
         ).save(folder / "README.md")  # fmt: skip
 
 
