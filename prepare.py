@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
 from config import NO_LIMIT, UserError, check_range, run, user_errors
@@ -333,6 +333,11 @@ class Tokenizer:
 
     def save(self, path):
         """Write the files that transformers' AutoTokenizer opens: tokenizer.json and tokenizer_config.json."""
+        if not self.spec.get("post_processor"):  # other programs too shall begin a text after what ours begin after
+            hf = tokenizers.Tokenizer(models.BPE())
+            special_tokens = [(self.bos_token, self.bos)]
+            hf.post_processor = processors.TemplateProcessing(f"{self.bos_token} $A", special_tokens=special_tokens)
+            self.spec["post_processor"] = json.loads(hf.to_str())["post_processor"]
         (path / "tokenizer.json").write_text(json.dumps(self.spec, ensure_ascii=False), encoding="utf-8")
         names = {"bos_token": self.bos_token, "eos_token": self.eot_token, "pad_token": self.pad_token}
         about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
