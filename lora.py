@@ -421,8 +421,9 @@ class InstructionTuning:
         max_new_tokens = [min(n, limit // 2) for n in max_new_tokens]
         prompts = [encode_conversation(self.tokenizer, messages[:-1], self.template)[0] for messages in conversations]
         answers = [""] * len(prompts)
-        order = np.argsort([len(ids) for ids in prompts], kind="stable")  # prompts of like length share a batch
-        for batch in np.split(order, range(256, len(order), 256)):
+        # answers and prompts of like length share a batch
+        order = np.lexsort(([len(ids) for ids in prompts], [round(n, -2) for n in max_new_tokens]))
+        for batch in np.split(order, range(128, len(order), 128)):
             limits = [max_new_tokens[i] for i in batch]
             # too long ones lose what was said first
             fitting = [prompts[i][:1] + prompts[i][1:][1 - limit + n :] for i, n in zip(batch, limits, strict=True)]
