@@ -346,10 +346,11 @@ class Trainer:
         memory = ""
         if self.device.type == "cuda":
             entry["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
-            memory = f", {entry['peak_memory_gb']:.1f} GB at most"
+            memory = f" {entry['peak_memory_gb']:.1f} GB at most,"
         self.try_write(self.log.write, entry)
         print(f"update {state.step:5}/{self.cfg.max_iters}: loss {loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, "
-              f"{rate:,.0f} tokens/s, {mfu:.0%} MFU{memory}, {timedelta(seconds=int(left))} left", flush=True)  # fmt: skip
+              f"{rate:,.0f} tokens/s, {mfu:.0%} MFU,{memory} {timedelta(seconds=int(left))} left",
+              flush=True)  # fmt: skip
         self.last_line = SimpleNamespace(at=now, step=state.step, tokens=state.tokens)
 
     def save(self, *names):
