@@ -233,7 +233,8 @@ def recipe(cfg, batch, mode="compiled by layers"):
         model.compile(dynamic=False)
     for block in model.model.layers if mode == "recomputed" else []:  # compiling comes later, with the first update
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    seconds = benchmark.timed(device, step, 4 if cfg.quick else 32 if (batch, mode) == (32, "compiled by layers") else 10)
+    count = 2 if cfg.quick else 30 if (batch, mode) == (32, "compiled by layers") else 8
+    seconds = benchmark.timed(device, step, 2 + count)
     rate = tokens / statistics.median(seconds[2:])
     flops = rate * model.flops_per_token(settings.block_size)
     with torch.profiler.profile() as profile:
