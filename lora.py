@@ -15,11 +15,13 @@ loop of one's own:
 """
 
 import functools
+import heapq
 import importlib
 import itertools
 import json
 import math
 import re
+import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -123,7 +125,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         base = self.base_layer(x.to(self.base_layer.weight.dtype))
-        return base + self.lora_B(self.lora_A(self.dropout(x))) * self.scale
+        change = self.lora_B(self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype)))) * self.scale
+        return base + change.to(base.dtype)
 
 
 def add_lora(model, rank=8, alpha=16, dropout=0.0, targets="all-linear", rslora=False):
@@ -317,6 +320,9 @@ def open_records(cfg, seed):
 # ---- instruction tuning ----------------------------------------------------------------------------------------------
 
 
+ROW_TOKENS = 2048  # in a row at most, unless a record is longer: attention to all of a row costs its square
+
+
 class InstructionTuning:
     """Instruction tuning, as a task for Trainer."""
 
@@ -336,7 +342,10 @@ class InstructionTuning:
             which, limit = "held-out" if self.train_set else "train", lora_cfg.max_length
             raise UserError(f"--data={lora_cfg.data}: no {which} record has a response within {limit} tokens")
         self.rows_per_batch, self.row_length = self.batch_shape()
-        self.train_rows, self.val_rows = self.pack(self.train_set), self.pack(self.val_set)
+        self.train_rows = self.pack(self.train_set)
+        fullest = max(sum(len(self.train_set[i][0]) - 1 for i in row) for row in self.train_rows)
+        self.row_length = max(fullest, *(len(ids) - 1 for ids, _ in self.val_set))
+        self.val_rows = self.pack(self.val_set)
 
     def encode_all(self, conversations):
         """Conversations -> [(ids, targets)], those kept. Targets: the responses' ids, elsewhere -100. Too long ones
@@ -361,32 +370,34 @@ class InstructionTuning:
         lengths, cfg = [len(ids) - 1 for ids, _ in self.train_set], self.lora_cfg
         records = cfg.batch_size or max(4, round(len(lengths) / 100))
         tokens = min(cfg.max_tokens_per_batch, round(records * sum(lengths) / len(lengths)))
-        longest = max(lengths + [len(ids) - 1 for ids, _ in self.val_set])
-        row = max(longest, min(tokens, cfg.max_length))
-        return max(1, tokens // row), row
+        rows = max(1, tokens // ROW_TOKENS)
+        return rows, max(tokens // rows, *lengths, *(len(ids) - 1 for ids, _ in self.val_set))
 
     def pack(self, encoded):
-        """Rows, as lists of record numbers: each record, the longest first, in the first row that has room for it."""
-        rows, room = [], np.full(len(encoded), self.row_length)
-        for i in sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0])):
-            length = len(encoded[i][0]) - 1
-            row = int(np.argmax(room >= length))
-            rows += [[]] * (row == len(rows))
-            rows[row] = [*rows[row], i]
-            room[row] -= length
-        return rows
+        """Rows, as lists of record numbers: the longest record goes first, each into the row that has the most room."""
+        lengths = [len(ids) - 1 for ids, _ in encoded]
+        num_rows = math.ceil(sum(lengths) / self.row_length)
+        while True:
+            rows = [(0, row, []) for row in range(num_rows)]  # (tokens, row, records): a heap
+            for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+                tokens, row, records = rows[0]
+                heapq.heapreplace(rows, (tokens + lengths[i], row, [*records, i]))
+            if max(tokens for tokens, *_ in rows) <= self.row_length:
+                return [records for _, _, records in rows]
+            num_rows += math.ceil(num_rows / 100)
 
     def collate(self, encoded, rows):
         """Inputs, targets and documents (B, T) of some rows, filled up to a batch."""
-        x, y, documents = torch.tensor([self.tokenizer.eot, -100, 0])[:, None, None].repeat(
-            1, self.rows_per_batch, self.row_length
+        x, y, documents = (
+            torch.full((self.rows_per_batch, self.row_length), filler) for filler in (self.tokenizer.eot, -100, 0)
         )
         for row, records in enumerate(rows):
             start = 0
             for number, i in enumerate(records, 1):
                 ids, targets = encoded[i]
-                here = row, slice(start, start := start + len(ids) - 1)
-                x[here], y[here], documents[here] = ids[:-1], targets[1:], number
+                end = start + len(ids) - 1
+                x[row, start:end], y[row, start:end], documents[row, start:end] = ids[:-1], targets[1:], number
+                start = end
         return x, y, documents
 
     def micro_batches(self, step):
@@ -462,6 +473,9 @@ def main(lora_cfg, cfg):
         report(task, trainer.state.before, after)
         if lora_cfg.merge:
             save_merged(task, base, best)
+        model_or_adapter = shlex.quote(f"--{'adapter' if lora_cfg.rank else 'model'}={best}")
+        asked = shlex.quote(f"--instruct={task.val_records[0][-2]['content'].splitlines()[0][:200]}")
+        print(f"next: python sample.py {model_or_adapter} {asked}")
     shutdown_distributed()
 
 
@@ -523,8 +537,10 @@ def print_plan(task):
     """What will be trained, for how long and how fast."""
     cfg, (trainable, total) = task.cfg, count_parameters(task.model)
     per_update = cfg.gradient_accumulation_steps * task.rows_per_batch / len(task.train_rows)  # share of an epoch
-    tokens = sum(len(ids) for ids, _ in task.train_set) * per_update
-    print(f"data: {len(task.train_set):,} records to learn, {len(task.val_set):,} held out, {task.dropped:,} dropped")
+    tokens = sum(len(ids) - 1 for ids, _ in task.train_set) * per_update
+    padding = 1 - tokens / cfg.gradient_accumulation_steps / task.rows_per_batch / task.row_length
+    print(f"data: {len(task.train_set):,} records to learn, {len(task.val_set):,} held out, {task.dropped:,} dropped; "
+          f"in {len(task.train_rows):,} rows of {task.row_length}, {padding:.1%} of them padding")  # fmt: skip
     print(f"training {trainable:,} of {total:,} parameters: {cfg.max_iters:,} updates of {tokens:,.0f} tokens, "
           f"{cfg.max_iters * per_update:.1f} epochs; learning rate {cfg.learning_rate:.2g}, "
           f"{warmup_updates(cfg):,.0f} updates of warmup")  # fmt: skip

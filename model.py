@@ -203,7 +203,7 @@ class Gemma(nn.Module):
         the last position's logits come back, (B, 1, V)."""
         config, embedding = self.config, self.model.embed_tokens.weight
         T, limit = tokens.shape[1], config.max_position_embeddings
-        if T > limit:
+        if T > limit and documents is None:
             raise ValueError(f"{T} tokens are more than the model's max_position_embeddings={limit}")
         positions = torch.arange(T, device=tokens.device)[None]
         if cache is not None:
@@ -231,13 +231,16 @@ class Gemma(nn.Module):
             x = x[:, -1:]
         if targets is None:
             return F.linear(self.model.norm(x), embedding)  # (B, T, V)
-        loss = self.loss(x, targets)
+        x, kept = x.flatten(0, 1), targets.flatten()
+        if documents is not None:  # instructions: the most of them is no target, and needs no head
+            x, kept = select_targets(x, kept)
+        loss = self.loss(x, kept)
         return loss / (targets != -100).sum() if reduction == "mean" else loss
 
     def loss(self, x, targets):
-        """The last norm, the head and the cross-entropy, summed: x (B, T, C), targets (B, T) -> nats."""
-        x = self.model.norm(x).flatten(0, 1)
-        return LinearCrossEntropy.apply(x, self.model.embed_tokens.weight, targets.flatten(), torch.is_grad_enabled())
+        """The last norm, the head and the cross-entropy, summed: x (N, C), targets (N,) -> nats."""
+        x, grad = self.model.norm(x), torch.is_grad_enabled()
+        return LinearCrossEntropy.apply(x, self.model.embed_tokens.weight, targets, grad)
 
     def compile_layers(self):
         """Compile for training the parts of forward() by themselves: one graph serves all layers of a kind, so that
@@ -256,7 +259,8 @@ class Gemma(nn.Module):
         """Draw every matrix from N(0, 0.02) on `device`, by default the model's. The embedding too: its rows are also
         the head's, and with std 0.02 the first loss is about ln(V). The norms behind attention and MLP start with the
         gain that makes what a block adds as large as an embedded token, whatever the weights before them are: at a gain
-        of 1 it would be larger (twice at 270M), and learns more slowly (README). Other norms start as the identity."""
+        of 1 it would be larger (twice at 270M), and learns more slowly (docs/experiments.md). Other norms start as the
+        identity."""
         device = device or self.device
         generator = torch.Generator(device).manual_seed(seed)
         embedded = 0.02 * self.config.hidden_size**0.5  # rms of an embedded token
@@ -678,6 +682,14 @@ def cached_attention(q, k, v, valid, scale):
     grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[3])  # (B, K, H/K, D): heads that share keys make one product
     scores = (grouped @ k.transpose(2, 3)).float() * scale
     return (scores.masked_fill(~valid, -math.inf).softmax(-1).type_as(v) @ v).view(q.shape)
+
+
+def select_targets(x, targets):
+    """The rows of x (N, C) that have a target, and their targets. Filled up to whole eighths of N, so that what is
+    compiled for them has few shapes."""
+    eighth, wanted = max(1, len(targets) // 8), (targets != -100).nonzero()[:, 0]
+    filler = (0, max(1, math.ceil(len(wanted) / eighth)) * eighth - len(wanted))
+    return x.index_select(0, F.pad(wanted, filler)), F.pad(targets[wanted], filler, value=-100)
 
 
 CHUNK = 2**24  # logits that LinearCrossEntropy makes at once: 64 MB, and twice that for their gradients; GPUs: 8 times

@@ -21,6 +21,7 @@ import math
 import mmap
 import os
 import re
+import shlex
 import shutil
 from collections import deque
 from collections.abc import Callable
@@ -210,6 +211,9 @@ def report(out, meta):
         print(row.format(name, *counts, f"{c['bytes'] / c['tokens']:.3f}", *lengths))
     if meta["floor_bits_per_byte"] is not None:
         print(f"entropy floor of the validation split: {meta['floor_bits_per_byte']:.4f} bits per byte")
+    recipe, name = DATA.parent / "config" / f"train_{out.name}.py", shlex.quote(out.name)
+    other = f"train_tinystories_cpu.py --dataset={name} --out_dir=out/{name}"
+    print(f"next: python train.py config/{recipe.name if recipe.exists() else other}")
 
 
 # ---- what is on the disk stays whole, and what is not ours is left alone ---------------------------------------------

@@ -1,5 +1,5 @@
 """
-Read what a model writes, or export it for llama.cpp.
+Read what a model writes, export it for llama.cpp, or publish it.
 
     python sample.py --start="Once upon"                  # the newest best checkpoint under out/
     python sample.py --out_dir=out/fables --num_samples=4
@@ -9,19 +9,23 @@ Read what a model writes, or export it for llama.cpp.
     python sample.py --adapter=out/lora-fables/best --instruct="What is the lesson of this fable?" --input="Once ..."
     python sample.py --adapter=out/lora-fables/best --interactive=True   # a conversation
     python sample.py --out_dir=out/fables --export_gguf=fables.gguf      # a file for llama.cpp and Ollama
+    python sample.py --out_dir=out/fables --push_to_hub=USER/NAME        # to the Hugging Face Hub, with a model card
 """
 
+import json
 import os
 import re
+import shutil
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from config import NO_LIMIT, UserError, check_range, run, user_errors
-from lora import check_base, encode_conversation, end_of_response, load_adapter, merge_lora, template_of
+from lora import HUB_RECORDS, check_base, encode_conversation, end_of_response, load_adapter, merge_lora, template_of
 from model import SLIDING, read_json
-from prepare import GPT2_PATTERN, Tokenizer, hub_directory, intact_dir
-from train import can_compile, open_model, pick_device, pick_dtype
+from prepare import GPT2_PATTERN, ON_THE_HUB, Tokenizer, hub_directory, intact_dir
+from train import can_compile, open_model, pick_device, pick_dtype, read_log
 
 
 @dataclass
@@ -44,6 +48,7 @@ class SampleConfig:
     interactive: bool = False  # read lines from the terminal: beginnings to continue, or with an adapter a conversation
     export_gguf: str = ""  # write the model, with the adapter merged in, to this file instead of sampling
     gguf_type: str = "bf16"  # what its matrices are stored as: f32, bf16, f16 or q8_0
+    push_to_hub: str = ""  # upload the model, or the adapter alone, to this repository, USER/NAME, instead of sampling
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "auto"  # bfloat16, float32; auto: bfloat16 where it is fast
     compile: bool = False  # torch.compile the step that makes a token: pays back after some thousand of them
@@ -57,6 +62,8 @@ class SampleConfig:
             raise ValueError(f"gguf_type={self.gguf_type!r} must be f32, bf16, f16 or q8_0")
         if self.export_gguf and not (folder := Path(self.export_gguf).parent).is_dir():
             raise ValueError(f"export_gguf={self.export_gguf}: no folder {folder}")
+        if self.push_to_hub and not is_hub_id(self.push_to_hub):
+            raise ValueError(f"push_to_hub={self.push_to_hub} must be USER/NAME, of no folder here")
         if self.compare and not (self.adapter and self.instruct):
             raise ValueError("compare needs an adapter and an instruct to answer")
 
@@ -66,6 +73,8 @@ def main(cfg):
     dtype = pick_dtype("float32" if cfg.export_gguf else cfg.dtype, device)
     adapter = hub_directory(cfg.adapter) if cfg.adapter else None
     path = find_checkpoint(cfg, adapter)
+    if cfg.push_to_hub:
+        return push_to_hub(cfg, path, adapter)
     model = open_model(path, device, dtype).eval()
     tokenizer = Tokenizer.load(path)
     template = (adapter and template_of(adapter, tokenizer)) or template_of(path, tokenizer)
@@ -81,6 +90,7 @@ def main(cfg):
         with user_errors(f"--adapter={cfg.adapter}"):
             load_adapter(model, adapter).to(dtype).eval()
     if cfg.export_gguf:
+        tokenizer.config |= {"chat_template": template} if template else {}  # the adapter's, where that has one
         return export_gguf(merge_lora(model), tokenizer, cfg.export_gguf, cfg.gguf_type)
     if cfg.compile and can_compile(device):
         model.compile_step()
@@ -98,7 +108,10 @@ def find_checkpoint(cfg, adapter):
         path = hub_directory(cfg.model)
     elif adapter:
         with user_errors(f"--adapter={cfg.adapter}: no adapter here"):
-            path = hub_directory(read_json(adapter / "adapter_config.json")["base_model_name_or_path"])
+            base = read_json(adapter / "adapter_config.json")["base_model_name_or_path"]
+        if not base:
+            raise UserError(f"--adapter={cfg.adapter}: does not say what it was trained on: name it by --model")
+        path = hub_directory(base)
     elif cfg.out_dir:
         path = intact_dir(Path(cfg.out_dir) / "best")
         if not path.is_dir():
@@ -222,7 +235,8 @@ def export_gguf(model, tokenizer, path, matrix_type):
     writer.write_tensors_to_file()
     writer.close()
     os.replace(f"{path}.part", path)
-    print(f"{path}: {os.path.getsize(path) / 1e6:,.1f} MB; llama-cli -m {path} runs it")
+    runner = "llama-cli" if tokenizer.config.get("chat_template") else 'llama-completion -no-cnv -p "Once"'
+    print(f"{path}: {os.path.getsize(path) / 1e6:,.1f} MB; {runner} -m {path} runs it, or docs/play.html in a browser")
 
 
 def add_gguf_weights(writer, model, matrix_type):
@@ -281,6 +295,70 @@ def add_gguf_tokenizer(writer, tokenizer, num_rows):
     writer.add_add_bos_token(True)
     if chat := tokenizer.config.get("chat_template"):
         writer.add_chat_template(chat)
+
+
+# ---- publishing ------------------------------------------------------------------------------------------------------
+
+
+def push_to_hub(cfg, path, adapter):
+    """Upload a model, or an adapter alone, as a whole repository of the Hub: with a card, loss.png and a sample."""
+    from huggingface_hub import HfApi, errors
+
+    name, api, base = cfg.push_to_hub, HfApi(), None
+    if adapter:
+        check_base(adapter, path)
+        named = read_json(adapter / "adapter_config.json")["base_model_name_or_path"]
+        if not (base := next(filter(is_hub_id, (cfg.model, named)), None)):
+            raise UserError(f"first push what {adapter} was tuned on, --model={path} --push_to_hub=USER/BASE, then "
+                            f"name it, --adapter={adapter} --model=USER/BASE --push_to_hub={name}")  # fmt: skip
+    with user_errors(f"--push_to_hub={name}: not uploaded, check the network"), tempfile.TemporaryDirectory() as folder:
+        try:
+            write_repository(Path(folder), adapter or path, name, base, api.file_exists(name, "README.md"))
+            url = api.create_repo(name, exist_ok=True)
+            api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload from nanoGemma")
+        except errors.HfHubHTTPError as e:
+            why = {401: "not logged in: `hf auth login`, with a token that can write",
+                   403: "no right to write there: `hf auth login`, with a token that has it"}  # fmt: skip
+            why = why.get(e.response.status_code, e.server_message or e.response.reason_phrase)
+            raise UserError(f"--push_to_hub={name}: {why}") from None
+    print(f"{url}: uploaded; the license in its README.md is for you to fill in")
+
+
+def is_hub_id(name):
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not os.path.exists(name)
+
+
+def write_repository(folder, source, name, base, is_update):
+    """Copy the files of a model or an adapter (never train_state.pt) and loss.png, and write the model card."""
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    run = source.parent if source.stem in ("best", "last", "merged") else source  # a foreign directory is no run's
+    files = [file for kind in ("*.json", "*.safetensors", "*.jinja") for file in source.glob(kind)]
+    for file in [*files, *run.glob("loss.png")]:
+        shutil.copy(file, folder)
+    if base:
+        config = read_json(source / "adapter_config.json") | {"base_model_name_or_path": base}
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    there = ModelCard.load(name).data.to_dict() if is_update else {}  # where the license may be filled in by now
+    tokenizer, summary = Tokenizer.load(source), {"settings": {}, "metrics": {}}
+    with user_errors(f"{run / 'summary.json'} is damaged"):
+        summary = read_json(run / "summary.json") if (run / "summary.json").exists() else summary
+        settings = summary["settings"]
+        data, init = settings.get("dataset") or settings.get("data") or "", settings.get("init_from") or ""
+        data = (ON_THE_HUB | HUB_RECORDS).get(data, data if is_hub_id(data) else Path(data).stem)
+        results = [EvalResult("text-generation", data, data, *metric) for metric in summary["metrics"].items()]
+        about = ModelCardData(
+            library_name="peft" if base else "transformers", pipeline_tag="text-generation", tags=["gemma3"],
+            base_model=base or (init if is_hub_id(init) else None), datasets=[data] if is_hub_id(data) else None,
+            eval_results=results or None, model_name=name.split("/")[1] if results else None,
+            **{key: there[key] for key in there if key.startswith("license")},
+        )  # fmt: skip
+        ModelCard.from_template(
+            about, Path(__file__).parent / "docs/model_card.md", name=name, run=summary,
+            sample=[entry["sample"] for entry in read_log(run / "log.jsonl") if entry.get("sample")][-1:],
+            has_loss=(folder / "loss.png").exists(), chat=bool(tokenizer.config.get("chat_template")),
+            start=tokenizer.bos_token if tokenizer.bpe else "",  # Gemma's puts one there itself
+        ).save(folder / "README.md")  # fmt: skip
 
 
 if __name__ == "__main__":

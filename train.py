@@ -12,13 +12,16 @@ Writes out/<run>/: last/ and best/ (model directories that transformers opens), 
 
 import contextlib
 import functools
+import gc
 import itertools
 import json
 import math
 import os
+import platform
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -48,6 +51,7 @@ class PretrainConfig:
 
     dataset: str = "tinystories"  # data/<dataset>, or the one prepared set whose name begins so
     eval_only: bool = False  # evaluate init_from on the dataset, and stop
+    compare: str = ""  # draw and print how these runs went, as out/a,out/b, and stop
     batch_size: int = 32  # rows per micro-batch
     block_size: int = 512  # tokens per row
     dropout: float = 0.0  # on attention weights, residual branches and the embedding
@@ -66,6 +70,7 @@ class TrainConfig:
     out_dir: str = ""  # where checkpoints and logs go; by default out/<dataset>
     init_from: str = "scratch"  # scratch, resume (out_dir/last), a model directory, or a Hub id of a Gemma 3
     max_iters: int = 5000  # updates
+    max_minutes: float = 0.0  # in place of max_iters: as many updates as fit, evaluations not counted
     gradient_accumulation_steps: int = 1  # micro-batches per update
     # optimizer
     optimizer: str = "muon"  # muon (matrices by Muon, embedding and norms by AdamW) or adamw (all by AdamW)
@@ -172,7 +177,7 @@ def epoch_permutation(count, seed, epoch):
 
 
 def wsd(step, cfg):
-    """Warmup, stable, decay: constant, then linearly down to 0 over the last cooldown_frac."""
+    """Stable, then decay: constant, then linearly down to 0 over the last cooldown_frac."""
     return min(1, max(0, (cfg.max_iters - step) / max(1, cfg.cooldown_frac * cfg.max_iters)))
 
 
@@ -215,7 +220,7 @@ def optimizer_step(optimizers, loss, grad_clip):
     """Clip the gradients and step -> (loss, gradient norm). Where one is not finite, the weights stay as they were."""
     trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
-    loss, grad_norm = loss.item(), full_tensor(grad_norm).item()  # waits for the device
+    loss, grad_norm = torch.stack((loss, full_tensor(grad_norm))).tolist()  # waits for the device
     for optimizer in optimizers:
         if math.isfinite(loss) and math.isfinite(grad_norm):
             optimizer.step()
@@ -261,6 +266,11 @@ class Trainer:
         load_optimizer_state(self.optimizers, self.model, self.state.__dict__.pop("optimizer", {}), cfg.fsdp)
         self.forward = compile_and_wrap_ddp(self.model, cfg)
         self.stop_signal, self.skipped, self.write_errors = 0, 0, []
+        if cfg.max_minutes:
+            resumed = self.state.step > 0
+            max_iters = self.state.settings["max_iters"] if resumed else self.updates_in(60 * cfg.max_minutes)
+            self.cfg = task.cfg = replace(cfg, max_iters=max_iters)
+            print(f"max_minutes={cfg.max_minutes:g}: {max_iters:,} updates; --max_iters={max_iters} repeats them")
 
     def fit(self):
         """Train until max_iters. Where a signal asks for it, save, and end the process."""
@@ -291,6 +301,7 @@ class Trainer:
                     self.log_update(loss, lr, grad_norm, micro_batches[0][0].shape[1])
                 if state.step == first + 1:  # which had to compile
                     self.start_clock()
+                    gc.freeze()  # what is there by now stays: Python need not look through it for garbage again
             if self.stop_signal:
                 self.save("last")
         if self.write_errors:
@@ -298,6 +309,22 @@ class Trainer:
         if self.stop_signal:
             print(f"stopped after update {state.step}; to go on: {resume_command()}", flush=True)
             shutdown_distributed(128 + self.stop_signal)
+
+    def updates_in(self, seconds):
+        """How many updates fit: measured on some that move nothing, after one that compiles."""
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = 0.0
+        self.model.train()
+        batches = self.task.micro_batches(0)
+        times = [time.perf_counter()]
+        for _ in range(9):
+            loss = backward(self.forward, batches, self.device, self.dtype)
+            optimizer_step(self.optimizers, loss, self.cfg.grad_clip)
+            times.append(time.perf_counter())
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+        mean = all_reduce_sum(torch.tensor((times[-1] - times[1]) / 8), self.device).item() / world_size()
+        return max(1, int(seconds / mean))
 
     def set_learning_rate(self):
         lr = learning_rate(self.state.step, self.cfg)
@@ -328,12 +355,34 @@ class Trainer:
         self.try_write(self.log.write, {"event": "eval", **counters, **metrics, "sample": text})
         self.try_write(draw_loss, Path(self.cfg.out_dir), self.task.floor_loss)
         self.try_write(write_samples, Path(self.cfg.out_dir))
+        self.try_write(self.write_summary, metrics)
         self.save(*["best"] * is_best, "last")
         self.last_line.at += time.perf_counter() - paused  # speed is that of training alone
         return True
 
     def start_clock(self):
         self.last_line = SimpleNamespace(at=time.perf_counter(), step=self.state.step, tokens=self.state.tokens)
+
+    def write_summary(self, metrics):
+        """summary.json: what the run was and where it stands, for programs."""
+        state, gpu, out_dir = self.state, self.device.type == "cuda", Path(self.cfg.out_dir)
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+        summary = {
+            "name": out_dir.name,
+            "updates": state.step,
+            "tokens": state.tokens,
+            "seconds": round(state.seconds, 1),
+            "metrics": metrics | {"best_val_loss": state.best_val_loss},
+            "floor_bits_per_byte": getattr(self.task, "floor", None),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "settings": state.settings | asdict(self.cfg),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "commit": commit or None,
+            "hardware": f"{world_size()} x {torch.cuda.get_device_name(self.device) if gpu else platform.machine()}, "
+                        f"{torch.get_num_threads()} CPU threads",
+        }  # fmt: skip
+        write_atomically(out_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def log_update(self, loss, lr, grad_norm, T):
         """A line, and an entry in log.jsonl: add what else you want to see."""
@@ -499,6 +548,8 @@ class Pretraining:
 
 
 def main(data_cfg, cfg, arch):
+    if data_cfg.compare:
+        return compare_runs([Path(name.strip()) for name in data_cfg.compare.split(",")])
     cfg, device = set_up(cfg)
     dataset = open_dataset(data_cfg.dataset)
     cfg = resolve_out_dir(cfg, f"out/{dataset.path.name}")
@@ -737,17 +788,15 @@ def write_atomically(path, text):
 
 def draw_loss(out_dir, floor_loss):
     """loss.png from log.jsonl: training and validation loss in nats a token, and the entropy floor where known."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # slow to import
 
     entries = read_log(out_dir / "log.jsonl")
     steps = [e for e in entries if e["event"] == "step" and e["train_loss"] is not None]
     evals = [e for e in entries if e["event"] == "eval" and e["val_loss"] is not None]
     if not evals:
         return
-    fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+    fig = Figure(figsize=(8, 5), layout="constrained")
+    ax = fig.subplots()
     ax.plot([e["step"] for e in steps], [e["train_loss"] for e in steps], lw=0.8, alpha=0.6, label="training")
     ax.plot([e["step"] for e in evals], [e["val_loss"] for e in evals], "o-", ms=3, label="validation")
     if floor_loss:
@@ -759,7 +808,31 @@ def draw_loss(out_dir, floor_loss):
     ax.legend()
     fig.savefig(out_dir / "loss.png.part", format="png", dpi=110)
     os.replace(out_dir / "loss.png.part", out_dir / "loss.png")
-    plt.close(fig)
+
+
+def compare_runs(out_dirs):
+    """compare.png from several runs' log.jsonl: validation bits per byte against updates, and against minutes; the
+    last figures and samples, printed one below the other."""
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(11, 4.5), layout="constrained")
+    axes = fig.subplots(1, 2)
+    for ax, key, unit, label in ((axes[0], "step", 1, "update"), (axes[1], "seconds", 60, "minutes")):
+        ax.set(xlabel=label, ylabel="validation bits per byte", yscale="log")
+        ax.grid(alpha=0.3, which="both")
+        for out_dir in out_dirs:
+            evals = [e for e in read_log(out_dir / "log.jsonl") if e["event"] == "eval" and e.get("val_bpb")]
+            if not evals:
+                raise UserError(f"--compare: {out_dir / 'log.jsonl'} has no evaluation of a pretraining run")
+            ax.plot([e[key] / unit for e in evals], [e["val_bpb"] for e in evals], "o-", ms=3, label=out_dir.name)
+            if key == "step":
+                last = evals[-1]
+                minutes = last["seconds"] / 60
+                print(f"{out_dir}: {last['val_bpb']:.4f} bits per byte after {last['step']:,} updates, "
+                      f"{last['tokens']:,} tokens, {minutes:.1f} minutes\n  {last['sample']}\n")  # fmt: skip
+        ax.legend()
+    fig.savefig("compare.png", dpi=110)
+    print("drawn to compare.png")
 
 
 def write_samples(out_dir):
@@ -858,15 +931,11 @@ def open_model(path, device, dtype=torch.float32, dropout=0.0):
 
 
 def refuse_another_architecture(arch, config, path):
-    """Settings can't change the architecture of a trained model. Where they name none, its own is meant."""
-    if arch == GemmaConfig():
-        return
+    """Settings can't change the architecture of a trained model. What they leave at its default is not asked for."""
     free = {"bos_token_id", "eos_token_id", "pad_token_id", "sliding_window_pattern"}  # the last is in layer_types
-    if arch.vocab_size == GemmaConfig.vocab_size:
-        free.add("vocab_size")
     for f in fields(arch):
-        asked, there = getattr(arch, f.name), getattr(config, f.name)
-        if f.name not in free and asked != there:
+        asked, there, default = (getattr(c, f.name) for c in (arch, config, GemmaConfig()))
+        if f.name not in free and asked not in (there, default):
             raise UserError(f"{f.name}={asked}: the model in {path} has {there}, which settings can't change")
 
 
@@ -892,6 +961,8 @@ def read_state(path, new, fixed, on_rank0=False):
                         f"from its weights, --init_from={path}")  # fmt: skip
     settings = {key: value for key, value in new["settings"].items() if value is not None}
     before, free = state["settings"], {"init_from", "out_dir", "device", "max_records", "eval_only"}
+    if settings.get("max_minutes"):
+        settings["max_iters"] = before["max_iters"]
     changed = [key for key in settings if key in before and key not in free and before[key] != settings[key]]
     for key in changed:
         if key in fixed:
@@ -987,7 +1058,7 @@ def can_compile(device):
 
 
 def to_device(batch, device):
-    """Copy a batch's tensors. From pinned memory this does not wait for the GPU, which is busy with the batch before."""
+    """Copy a batch. From pinned memory this does not wait for the GPU, which is busy with the batch before."""
     return [(t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True) for t in batch]
 
 
@@ -1108,10 +1179,9 @@ def local_micro_batches(micro_batches):
     if len(micro_batches) % world_size() == 0:
         return micro_batches[rank() :: world_size()]
     # without a row of its own a process comes along with one that has no targets
-    return [
-        [t[rank() :: world_size()] for t in batch] if len(batch[0]) > rank() else without_targets([t[:1] for t in batch])
-        for batch in micro_batches
-    ]
+    mine = [[t[rank() :: world_size()] for t in batch] for batch in micro_batches]
+    return [rows if len(rows[0]) else without_targets([t[:1] for t in batch])
+            for rows, batch in zip(mine, micro_batches, strict=True)]  # fmt: skip
 
 
 def without_targets(batch):

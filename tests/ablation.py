@@ -186,7 +186,7 @@ VARIANTS = {  # name: (flags, a patch)
     "polar express": ([], polar_express),
     "embedding and norms x 0.3": ([], adamw_with(0.3)),
     "embedding and norms x 3": ([], adamw_with(3.0)),
-    "beta1 0.8, eps 1e-10": ([], adamw_with(betas=(0.8, 0.95), eps=1e-10)),
+    "beta1 0.8 and eps 1e-10": ([], adamw_with(betas=(0.8, 0.95), eps=1e-10)),
     "weight decay 0.1": (["--weight_decay=0.1"], None),
     "weight decay 1": (["--weight_decay=1"], None),
     "random starts": ([], random_starts),

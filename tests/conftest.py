@@ -1,5 +1,6 @@
 """What several tests share."""
 
+import base64
 import contextlib
 import http.server
 import importlib
@@ -178,7 +179,8 @@ def publish_gemma(path, instructed=False):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A stand-in for the Hugging Face Hub on this machine, to which huggingface_hub is pointed: {repository: directory}
-    to fill; a directory of None is a gated repository, and what is not listed does not exist."""
+    to fill; a directory of None is a gated repository, and what is not listed does not exist. The token "hf_writer"
+    may write to repositories of the user "writer"."""
     repositories, commit = {}, "0" * 40
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -212,6 +214,40 @@ def hub(tmp_path, monkeypatch):
 
         def do_HEAD(self):
             self.do_GET(body=False)
+
+        def do_POST(self):
+            """Make a repository; say how each file is to be sent, here within the commit; take a commit."""
+            sent = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.headers["Authorization"] != "Bearer hf_writer":
+                return self.fail(401, "")
+            status, answer = 200, {}
+            if self.path == "/api/repos/create":
+                asked = json.loads(sent)
+                if asked["organization"] != "writer":
+                    return self.fail(403, "")
+                name = f"writer/{asked['name']}"
+                if name in repositories:
+                    status = 409
+                else:
+                    repositories[name] = tmp_path / "uploaded" / asked["name"]
+                    repositories[name].mkdir(parents=True)
+                answer = {"url": f"{os.environ['HF_ENDPOINT']}/{name}"}
+            elif "/preupload/" in self.path:
+                files = json.loads(sent)["files"]
+                answer = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+            elif "/commit/" in self.path:
+                name = self.path.removeprefix("/api/models/").split("/commit/")[0]
+                for entry in map(json.loads, sent.splitlines()):
+                    if entry["key"] == "file":
+                        (repositories[name] / entry["value"]["path"]).write_bytes(
+                            base64.b64decode(entry["value"]["content"])
+                        )
+                answer = {"commitUrl": f"{os.environ['HF_ENDPOINT']}/{name}/commit/{commit}", "commitOid": commit}
+            content = json.dumps(answer).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
 
         def fail(self, status, code):
             self.send_response(status)

@@ -1,4 +1,4 @@
-"""What can go wrong in a run, and what then happens: the rows of the README's table, each with its test."""
+"""What can go wrong in a run, and what then happens: the rows of docs/robustness.md, each with its test."""
 
 import json
 import os

@@ -226,6 +226,25 @@ def update(model, optimizers, grad_clip=1.0, x=None):
     return train.optimizer_step(optimizers, loss, grad_clip)
 
 
+def test_muon_and_adamw_are_those_of_torch():
+    """To the bit, over updates whose rate changes, wide, tall and square matrices."""
+    ours, theirs = Gemma(SMALL).init_weights(0), Gemma(SMALL).init_weights(0)
+    optimizers = make_optimizers(ours, TrainConfig(weight_decay=0.1, momentum=0.9))
+    matrices = [p for name, p in theirs.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in theirs.named_parameters() if p.ndim != 2 or "embed" in name]
+    oracles = [
+        torch.optim.Muon(matrices, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
+    for step in range(4):
+        for optimizer in optimizers + oracles:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01 / (1 + step)
+        update(ours, optimizers)
+        update(theirs, oracles)
+    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
 def test_gradients_are_clipped():
     """With plain gradient descent the step is the gradient: its length is the clip, or that of the gradient itself."""
     for clip, factor in ((0.0, 1.0), (1e-3, None), (1e9, 1.0)):
@@ -310,7 +329,9 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(project, monkeypatch, a
 def test_what_a_run_writes(project):
     run, printed = pretrain(project, "all files", "--max_iters=11", "--learning_rate=0.01")
     assert "python sample.py '--out_dir=out/all files' --start" in printed  # to be copied as it stands
-    assert {p.name for p in run.iterdir()} == {"best", "last", "log.jsonl", "loss.png", "samples.txt"}
+    assert {p.name for p in run.iterdir()} == {
+        "best", "last", "log.jsonl", "loss.png", "samples.txt", "summary.json"
+    }  # fmt: skip
     entries = read_log(run / "log.jsonl")
     steps = [e for e in entries if e["event"] == "step"]
     evals = [e for e in entries if e["event"] == "eval"]
@@ -321,6 +342,9 @@ def test_what_a_run_writes(project):
     assert 0 <= 11 * 4 * 2 * 64 - evals[-1]["tokens"] < 64  # less where the last row of the data is short
     assert (run / "samples.txt").read_text().count("--- update") == 4
     assert "x the entropy floor of" in printed and "tokens/s" in printed and "embedding" in printed
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["updates"] == 11 and summary["metrics"]["val_loss"] == evals[-1]["val_loss"]
+    assert summary["settings"]["dataset"] == "fables" and summary["floor_bits_per_byte"] > 0
     # no prefix of a compiled model in a checkpoint (nanoGPT 325)
     from safetensors import safe_open
 
@@ -393,6 +417,24 @@ def test_the_rate_of_a_resumed_run_is_its_own(project):
     for run, rate in ((base, 3e-3), (tuned, 1e-4)):
         pretrain(project, run.name, "--init_from=resume", "--max_iters=8", "--cooldown_frac=0")
         assert read_log(run / "log.jsonl")[-2]["lr"] == rate
+
+
+def test_minutes_become_a_number_of_updates_that_repeats_and_resumes_the_run(project):
+    run, printed = pretrain(project, "minutes", "--max_minutes=0.02", "--eval_interval=1000")
+    count = json.loads((run / "summary.json").read_text())["updates"]
+    assert f"--max_iters={count} repeats them" in printed and 5 < count < 1000
+    again, _ = pretrain(project, "repeated", f"--max_iters={count}", "--eval_interval=1000")
+    assert (run / "best/model.safetensors").read_bytes() == (again / "best/model.safetensors").read_bytes()
+    _, printed = pretrain(project, "minutes", "--max_minutes=0.02", "--init_from=resume")
+    assert f"{count:,} updates" in printed and "max_iters" not in printed.replace(f"--max_iters={count}", "")
+
+
+def test_runs_are_compared(project):
+    for name in "ab":
+        pretrain(project, name, "--max_iters=5", "--learning_rate=0.01")
+    printed = run_script(project, "train.py", "--compare=out/a,out/b").stdout
+    assert printed.count("bits per byte after 5 updates") == 2 and (project / "compare.png").stat().st_size > 10_000
+    assert "no evaluation" in run_script(project, "train.py", "--compare=out/a,out/none", ok=False).stderr
 
 
 def test_best_is_the_best_not_the_last(project):

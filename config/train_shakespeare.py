@@ -1,0 +1,30 @@
+# Tiny Shakespeare, a nanoGPT user's first run, in three minutes on two CPU cores.
+#
+#     python prepare.py --dataset=shakespeare.txt --tokenizer=bpe:1024
+#     python train.py config/train_shakespeare.py
+dataset = "shakespeare"
+out_dir = "out/shakespeare"
+
+hidden_size = 256
+intermediate_size = 768
+num_hidden_layers = 6
+num_attention_heads = 4
+num_key_value_heads = 4
+head_dim = 64
+sliding_window = 512
+max_position_embeddings = 1024
+
+batch_size = 16
+block_size = 256
+max_iters = 550
+dropout = 0.1
+
+learning_rate = 8e-3
+warmup_iters = 20
+momentum = 0.9
+cooldown_frac = 0.6
+weight_decay = 0.1
+
+eval_interval = 110
+log_interval = 10
+sample_prompt = "ROMEO:\n"
