@@ -458,7 +458,10 @@ def main(cfg):
     if cfg.item:
         return do(cfg, next(item for item in items if item.name == cfg.item))
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    parts = cfg.only.split(",") if cfg.only else {item.name.split(":")[0] for item in items}
+    known = list(dict.fromkeys(item.name.split(":")[0] for item in items))
+    parts = cfg.only.split(",") if cfg.only else known
+    if not set(parts) <= set(known):
+        raise config.UserError(f"--only={cfg.only}: the parts are {', '.join(known)}")
     done = [name for name, end in ends(cfg).items() if not cfg.only or end["status"] != "failed"]
     todo = [item for item in items if item.name.split(":")[0] in parts and item.name not in done]
     for i, item in enumerate(todo):
