@@ -393,9 +393,14 @@ class Trainer:
         left = (self.cfg.max_iters - state.step) * (now - last.at) / (state.step - last.step)
         entry = {"event": "step", "step": state.step, "tokens": state.tokens, "seconds": now - self.started,
                  "train_loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_sec": rate, "mfu": mfu}  # fmt: skip
+        memory = ""
+        if self.device.type == "cuda":
+            entry["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+            memory = f" {entry['peak_memory_gb']:.1f} GB at most,"
         self.try_write(self.log.write, entry)
         print(f"update {state.step:5}/{self.cfg.max_iters}: loss {loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, "
-              f"{rate:,.0f} tokens/s, {mfu:.0%} MFU, {timedelta(seconds=int(left))} left", flush=True)  # fmt: skip
+              f"{rate:,.0f} tokens/s, {mfu:.0%} MFU,{memory} {timedelta(seconds=int(left))} left",
+              flush=True)  # fmt: skip
         self.last_line = SimpleNamespace(at=now, step=state.step, tokens=state.tokens)
 
     def save(self, *names):
@@ -467,8 +472,6 @@ class Trainer:
 class Pretraining:
     """Next-token prediction on a prepared dataset, as a task for Trainer."""
 
-    memory_hint = "lower batch_size, and raise gradient_accumulation_steps as much"
-
     def __init__(self, data_cfg, cfg, model, dataset):
         self.data_cfg, self.cfg, self.model, self.dataset = data_cfg, cfg, model, dataset
         self.val_rows = self.rows("val")
@@ -523,6 +526,12 @@ class Pretraining:
     def save_model(self, path, weights):
         self.model.save_pretrained(path, weights)
         self.dataset.tokenizer.save(path)
+
+    @property
+    def memory_hint(self):
+        B, count = self.data_cfg.batch_size, self.cfg.gradient_accumulation_steps
+        flags = f": --batch_size={B // 2} --gradient_accumulation_steps={2 * count}" if B % 2 == 0 else ""
+        return f"lower batch_size, and raise gradient_accumulation_steps as much{flags}"
 
     def print_plan(self, state):
         n, per_update = self.model.num_params(), self.data_cfg.batch_size * self.cfg.gradient_accumulation_steps
@@ -1000,10 +1009,19 @@ def start_out_dir(cfg):
 
 # ---- hardware --------------------------------------------------------------------------------------------------------
 
-# dense bfloat16 FLOP/s of GPUs as their makers state them; longer names first where one contains another
+# dense bfloat16 FLOP/s of GPUs, summed in float32, as their makers state them, by whole words of the GPU's name; longer
+# names first where one contains another. None: what the rest of the name says does not hold
 PEAK_FLOPS = {
-    "GB200": 2500e12, "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
-    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 70e12, "A40": 150e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+    "Laptop": None, "MIG": None, "RTX 4090 D": None, "RTX 5090 D": None,
+    "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
+    "H100": 989e12, "A100": 312e12, "A40": 150e12, "A30": 165e12, "A10": 125e12, "A10G": 70e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 6000 Ada": 364e12,
+    "RTX A6000": 155e12, "RTX A5000": 111e12, "RTX A4000": 77e12,
+    "RTX 5090": 209.5e12, "RTX 5080": 112.6e12, "RTX 5070 Ti": 87.9e12, "RTX 5070": 61.7e12,
+    "RTX 4090": 165e12, "RTX 4080 SUPER": 104e12, "RTX 4080": 97.5e12, "RTX 4070 Ti SUPER": 88e12,
+    "RTX 4070 Ti": 80e12, "RTX 4070 SUPER": 71e12, "RTX 4070": 58e12, "RTX 4060 Ti": 44e12, "RTX 4060": 30e12,
+    "RTX 3090 Ti": 80e12, "RTX 3090": 71e12, "RTX 3080 Ti": 68e12, "RTX 3080": 59.5e12, "RTX 3070 Ti": 43.5e12,
+    "RTX 3070": 40.6e12, "RTX 3060 Ti": 32.4e12, "RTX 3060": 25.5e12,
 }  # fmt: skip
 
 
@@ -1053,9 +1071,9 @@ def autocast(device, dtype):
 def peak_flops(device, dtype):
     """FLOP/s to hold the model's against: the maker's figure for a known GPU, else a matrix product's, timed here."""
     if device.type == "cuda" and dtype == torch.bfloat16:
-        for name, flops in PEAK_FLOPS.items():
-            if name in torch.cuda.get_device_name(device):
-                return flops
+        words = f" {torch.cuda.get_device_name(device).replace('-', ' ')} "
+        if flops := next((flops for name, flops in PEAK_FLOPS.items() if f" {name} " in words), None):
+            return flops
     n = 1024 if device.type == "cpu" else 4096
     a = torch.randn(n, n, device=device, dtype=dtype)
     best = math.inf
