@@ -520,7 +520,8 @@ def fill_in(task):
         "learning_rate": (1.0 if lora_cfg.rank else 0.1) / task.model.config.hidden_size,
         "eval_interval": math.ceil(per_epoch),
     }
-    return replace(cfg, **{key: value for key, value in open_settings.items() if getattr(cfg, key) is None})
+    with user_errors("at the default rate"):
+        return replace(cfg, **{key: value for key, value in open_settings.items() if getattr(cfg, key) is None})
 
 
 def open_plain_text(lora_cfg, cfg, model, tokenizer):
