@@ -1,4 +1,4 @@
-# Instruction-tune the quick start's model on tasks about fables, on two CPU cores, in nine minutes.
+# Instruction-tune the quick start's model on tasks about fables, on two CPU cores, in minutes.
 #
 #     python lora.py config/lora_fables.py
 data = "fables"
@@ -12,7 +12,7 @@ template = "short"  # Alpaca's would cost this vocabulary some hundred tokens a 
 rank = 6
 alpha = 12.0
 
-# 6,000 conversations in batches of up to 2,048 tokens: one epoch of 1,157 updates, 2.1M tokens
+# 6,000 conversations packed into 1,209 rows of 1,789 tokens, 1% of them padding: one epoch, a row an update
 max_records = 6000
 epochs = 1.0
 max_tokens_per_batch = 2048

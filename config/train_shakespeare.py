@@ -1,4 +1,4 @@
-# Tiny Shakespeare, a nanoGPT user's first run, in three minutes on two CPU cores.
+# Tiny Shakespeare, a nanoGPT user's first run, meant for some three minutes on two CPU cores. Not measured yet.
 #
 #     python prepare.py --dataset=shakespeare.txt --tokenizer=bpe:1024
 #     python train.py config/train_shakespeare.py

@@ -348,7 +348,8 @@ def test_the_evaluation_harness_measures_what_we_measure(project, tmp_path):
     (tmp_path / "fables.jsonl").write_text("".join(json.dumps({"text": fable}) + "\n" for fable in fables))
     (tmp_path / "fables.yaml").write_text(TASK % (tmp_path / "fables.jsonl"))
     run_script(
-        project, "-m", "lm_eval", "run", "--model=hf", "--model_args=pretrained=out/fables/best,dtype=float32,add_bos_token=False",
+        project, "-m", "lm_eval", "run", "--model=hf",
+        "--model_args=pretrained=out/fables/best,dtype=float32,add_bos_token=False",
         "--tasks=fables", f"--include_path={tmp_path}", "--device=cpu", f"--output_path={tmp_path}/results.json",
     )  # fmt: skip
     (results,) = tmp_path.glob("results*.json")
