@@ -1055,6 +1055,10 @@ def can_compile(device):
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
         print("no C++ compiler here: going on without torch.compile")
         return False
+    if device.type == "cpu" and " " in torch.__file__:  # its command for the C++ compiler does not quote its own path
+        print(f"torch.compile can't work from a folder with a space in its name, {Path(torch.__file__).parent}: "
+              "going on without")  # fmt: skip
+        return False
     return True
 
 
