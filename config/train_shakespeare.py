@@ -1,5 +1,5 @@
 # Tiny Shakespeare, a nanoGPT user's first run: 2.089 bits per byte on its last tenth after seven and a half minutes on
-# two CPU cores (one seed; not tuned, and dropout makes an update twice as long).
+# two CPU cores (one seed; not tuned).
 #
 #     python prepare.py --dataset=shakespeare.txt --tokenizer=bpe:1024
 #     python train.py config/train_shakespeare.py
