@@ -49,10 +49,10 @@ from train import (
     rank,
     read_state,
     resolve_out_dir,
-    save_checkpoint,
     set_up,
     shutdown_distributed,
     warmup_updates,
+    write_checkpoint,
 )
 
 
@@ -81,8 +81,8 @@ class LoraConfig:
     merge: bool = False  # at the end also save the best adapter merged into its model, to out_dir/merged
 
     def __post_init__(self):
-        if self.template and self.template not in FORMATS:
-            raise ValueError(f"template={self.template!r} must be one of {', '.join(FORMATS)}")
+        if self.template and self.template not in TEMPLATES:
+            raise ValueError(f"template={self.template!r} must be one of {', '.join(TEMPLATES)}")
         check_range(self, 2, NO_LIMIT, "max_length")
         check_range(self, self.max_length, NO_LIMIT, "max_tokens_per_batch")
         check_range(self, 1, NO_LIMIT, "forgetting_block_size")
@@ -175,7 +175,7 @@ ASKED = (
 )
 # instruction formats: chat templates in Jinja, which transformers, vLLM and llama.cpp read too. A response ends with
 # the special token right after it; where there is none, with end-of-text
-FORMATS = {
+TEMPLATES = {
     "alpaca": "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'assistant' %}{{ m.content }}{{ eos_token }}"
     "{% elif m.role == 'user' %}Below is an instruction that describes a task"
@@ -199,10 +199,10 @@ FORMATS = {
 def encode_conversation(tokenizer, messages, template):
     """Token ids of a conversation, and for each whether it belongs to a response, its end included.
 
-    template: one of FORMATS, or any chat template. Where the last message is a user's, the ids are a prompt for the
+    template: one of TEMPLATES, or any chat template. Where the last message is a user's, the ids are a prompt for the
     response. Training and sampling both go through here, so their prompts can't differ. Contents are encoded by
     themselves: the name of a special token in one is text."""
-    template = FORMATS.get(template, template)
+    template = TEMPLATES.get(template, template)
     texts, marked = [], []  # the contents, and the messages with a mark in place of each
     for message in messages:
         is_response, marks = message["role"] == "assistant", {}
@@ -211,7 +211,7 @@ def encode_conversation(tokenizer, messages, template):
             if text or key == "content":
                 marks[key] = f"\0{len(texts)}\0"
                 texts.append((text if is_response else text.strip(), is_response))
-        if template not in FORMATS.values():  # others know no input
+        if template not in TEMPLATES.values():  # others know no input
             marks = {"content": "\n\n".join(marks.values())}
         marked.append({"role": message["role"], **marks})
     # the format's own text, a space or none, a content's number, own text, ...
@@ -326,7 +326,7 @@ ROW_TOKENS = 2048  # in a row at most, unless a record is longer: attention to a
 class InstructionTuning:
     """Instruction tuning, as a task for Trainer."""
 
-    floor_loss = None
+    floor = None  # of its loss, not known
     memory_hint = "lower max_tokens_per_batch, and raise gradient_accumulation_steps as much"
 
     def __init__(self, lora_cfg, cfg, model, tokenizer, template, records, base_model="", about=None):
@@ -455,7 +455,7 @@ def main(lora_cfg, cfg):
     cfg = resolve_out_dir(cfg, f"out/lora-{Path(lora_cfg.data).stem}")
     model, base, state = start_model(lora_cfg, cfg, device)
     tokenizer = Tokenizer.load(base)
-    template = FORMATS.get(lora_cfg.template) or template_of(base, tokenizer) or FORMATS["alpaca"]
+    template = TEMPLATES.get(lora_cfg.template) or template_of(base, tokenizer) or TEMPLATES["alpaca"]
     tokenizer.config["chat_template"] = template
     about = {"base_fingerprint": weights_fingerprint(base)} if lora_cfg.rank else {}
     records = open_records(lora_cfg, cfg.seed)
@@ -598,7 +598,7 @@ def save_merged(task, base, best):
     else:
         task.model = open_model(best, "cpu")
     task.about = {}
-    save_checkpoint(Path(task.cfg.out_dir) / "merged", task.save_model, task.model.state_dict())
+    write_checkpoint(Path(task.cfg.out_dir) / "merged", task.save_model, task.model.state_dict())
 
 
 def count_parameters(model):
@@ -723,14 +723,14 @@ def read_instruct(path):
 def template_of(path, tokenizer):
     """The format, a chat template, that the model or adapter in a directory was instructed in; None for a plain one."""
     if template := read_instruct(path).get("template"):
-        return FORMATS.get(str(template), str(template))
+        return TEMPLATES.get(str(template), str(template))
     file = Path(path) / "generation_config.json"
     with user_errors(f"{file} is damaged"):
         stops = read_json(file).get("eos_token_id") if file.exists() else None
     if not isinstance(stops, list):
         return None
     template = tokenizer.config.get("chat_template")
-    template = template if isinstance(template, str) else FORMATS["gemma"]
+    template = template if isinstance(template, str) else TEMPLATES["gemma"]
     end = end_of_response(tokenizer, template)
     # a published model that has learned to take turns stops at the end of one too
     return template if end in stops and end != tokenizer.eot else None

@@ -23,6 +23,7 @@ import os
 import re
 import shlex
 import shutil
+import urllib.request
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -487,6 +488,7 @@ def hub_directory(name, files=("*.json", "*.safetensors", "*.jinja")):
     """`name` as a path; where nothing lies there and it reads like a Hub id, a download of that repository's files."""
     if os.path.exists(name) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
         return Path(name)
+    look_for_hub()
     from huggingface_hub import errors, snapshot_download
 
     with user_errors(f"{name}: not a directory here, and not to be had from the Hugging Face Hub"):
@@ -681,10 +683,26 @@ def open_hub(name, cfg):
 
 def load_from_hub(name, flag, subset="", streaming=False):
     """The splits of a dataset on the Hub. flag: the setting that names it."""
+    look_for_hub()
     import datasets  # slow to import, and only needed for the Hub, .json and .parquet
 
     with user_errors(f"--{flag}={name}: not a file or folder here, and not to be had from the Hugging Face Hub"):
         return datasets.load_dataset(name, subset or None, streaming=streaming)
+
+
+def look_for_hub():
+    """Where the Hub can't be reached, tell its library, which would else try for half a minute before it looks for what
+    it has downloaded earlier."""
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    if "HF_HUB_OFFLINE" in os.environ:  # they have been told
+        return
+    try:
+        urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=10).close()
+    except urllib.error.HTTPError:
+        pass  # it answered
+    except OSError as e:
+        print(f"{hub} can't be reached ({getattr(e, 'reason', e)}): looking for what was downloaded before")
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 if __name__ == "__main__":

@@ -198,8 +198,7 @@ def warmup_updates(cfg):
 def learning_rate(step, cfg):
     """The rate of update `step`, the first being 0: what warmup or the schedule allows, the lower of them."""
     scheduled = cfg.min_lr + SCHEDULES[cfg.schedule](step, cfg) * (cfg.learning_rate - cfg.min_lr)
-    warmup = warmup_updates(cfg)
-    return min(scheduled, cfg.learning_rate * (step + 1) / warmup) if step < warmup else scheduled
+    return min(scheduled, cfg.learning_rate * (step + 1) / max(1, warmup_updates(cfg)))
 
 
 def backward(forward, micro_batches, device, dtype):
@@ -233,6 +232,7 @@ def optimizer_step(optimizers, loss, grad_clip):
 
 
 MAX_SKIPPED = 5  # updates in a row without a finite loss and gradient, then the run ends
+CLEAR_LINE = "\033[K"  # in a terminal, from the cursor on
 NEW_STATE = {"step": 0, "tokens": 0, "seconds": 0.0, "best_val_loss": math.inf, "evaluated": -1}  # the last: a step
 
 
@@ -240,7 +240,7 @@ class Trainer:
     """One run of training: Trainer(cfg, task).fit(). It owns device, optimizers, state, log and saving. The task owns
     the model and its data (Pretraining below, InstructionTuning in lora.py); it provides
 
-        model, floor_loss           the entropy floor of the validation loss, or None
+        model, floor                the entropy floor of the validation loss in bits per byte, or None
         memory_hint                 what to do where memory is too small
         micro_batches(step)         [(inputs, targets), ...] of an update, (B, T) int64; -100: nothing to predict here;
                                     or (inputs, targets, documents), as Gemma.forward() takes them
@@ -304,7 +304,7 @@ class Trainer:
                     self.start_clock()
                     gc.freeze()  # what is there by now stays: Python need not look through it for garbage again
             if self.stop_signal:
-                self.save("last")
+                self.save_checkpoints()
         if self.write_errors:
             raise Failure(f"{len(self.write_errors)} writes failed, the last of them: {self.write_errors[-1]}")
         if self.stop_signal:
@@ -347,17 +347,17 @@ class Trainer:
         state.best_val_loss = loss if is_best else state.best_val_loss
         state.evaluated, state.seconds = state.step, time.perf_counter() - self.started
         metrics, line = self.task.metrics(loss)
-        print(f"update {state.step}: {line}")
+        print(f"{CLEAR_LINE * sys.stdout.isatty()}update {state.step}: {line}")
         self.model.eval()
         text = self.task.sample()  # by all processes: where weights are sharded, all are needed
         self.model.train()
         print(f"  {text}\n", flush=True)
         counters = {key: getattr(state, key) for key in NEW_STATE if key != "evaluated"}
         self.try_write(self.log.write, {"event": "eval", **counters, **metrics, "sample": text})
-        self.try_write(draw_loss, Path(self.cfg.out_dir), self.task.floor_loss)
+        self.try_write(draw_loss, Path(self.cfg.out_dir) / "loss.png", [Path(self.cfg.out_dir)], self.task.floor)
         self.try_write(write_samples, Path(self.cfg.out_dir))
         self.try_write(self.write_summary, metrics)
-        self.save(*["best"] * is_best, "last")
+        self.save_checkpoints(is_best)
         self.last_line.at += time.perf_counter() - paused  # speed is that of training alone
         return True
 
@@ -375,7 +375,7 @@ class Trainer:
             "tokens": state.tokens,
             "seconds": round(state.seconds, 1),
             "metrics": metrics | {"best_val_loss": state.best_val_loss},
-            "floor_bits_per_byte": getattr(self.task, "floor", None),
+            "floor_bits_per_byte": self.task.floor,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "settings": state.settings | asdict(self.cfg),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -398,21 +398,23 @@ class Trainer:
             entry["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
             memory = f" {entry['peak_memory_gb']:.1f} GB at most,"
         self.try_write(self.log.write, entry)
-        print(f"update {state.step:5}/{self.cfg.max_iters}: loss {loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, "
-              f"{rate:,.0f} tokens/s, {mfu:.0%} MFU,{memory} {timedelta(seconds=int(left))} left",
-              flush=True)  # fmt: skip
+        line = (f"update {state.step:5}/{self.cfg.max_iters}: loss {loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, "
+                f"{rate:,.0f} tokens/s, {mfu:.0%} MFU,{memory} {timedelta(seconds=int(left))} left")  # fmt: skip
+        in_place = sys.stdout.isatty()  # the next line is then written over this one
+        print(CLEAR_LINE + line[: shutil.get_terminal_size().columns - 1] if in_place else line,
+              end="\r" if in_place else "\n", flush=True)  # fmt: skip
         self.last_line = SimpleNamespace(at=now, step=state.step, tokens=state.tokens)
 
-    def save(self, *names):
-        """Save the model in these folders of out_dir; "last" with the state that a run resumes from. The disk being
-        full does not end a run that has a "last" to resume from."""
+    def save_checkpoints(self, is_best=False):
+        """Save the model in folders of out_dir: "last", with the state that a run resumes from, and perhaps "best". The
+        disk being full does not end a run that has a "last" to resume from."""
         weights = full_state_dict(self.model.state_dict())
-        optimizer = full_state_dict(optimizer_state(self.optimizers, self.model)) if "last" in names else None
+        optimizer = full_state_dict(optimizer_state(self.optimizers, self.model))
         self.state.settings = self.state.settings | asdict(self.cfg)
-        for name in names:
+        for name in ["best"] * is_best + ["last"]:
             path = Path(self.cfg.out_dir) / name
             state = {**vars(self.state), "optimizer": optimizer} if name == "last" else None
-            self.try_write(save_checkpoint, path, self.task.save_model, weights, state)
+            self.try_write(write_checkpoint, path, self.task.save_model, weights, state)
             if rank() == 0 and name == "last" and not intact_dir(path).exists():
                 raise Failure(self.write_errors[-1])
 
@@ -483,7 +485,6 @@ class Pretraining:
             counts = {"tokens": len(targets), "bytes": len(dataset.tokenizer.decode(targets).encode())}
             floor = None
         self.bytes_per_token, self.floor = counts["bytes"] / counts["tokens"], floor
-        self.floor_loss = floor and floor * math.log(2) * self.bytes_per_token
 
     def rows(self, split):
         path, meta, tokenizer = self.dataset
@@ -787,52 +788,48 @@ def write_atomically(path, text):
     os.replace(part, path)
 
 
-def draw_loss(out_dir, floor_loss):
-    """loss.png from log.jsonl: training and validation loss in nats a token, and the entropy floor where known."""
+def draw_loss(path, out_dirs, floor=None):
+    """The losses in the log.jsonl of runs against updates and against minutes, as a picture: in bits per byte, or in
+    nats a token where tokens have no known length; with the entropy floor where that is known."""
     from matplotlib.figure import Figure  # slow to import
 
-    entries = read_log(out_dir / "log.jsonl")
-    steps = [e for e in entries if e["event"] == "step" and e["train_loss"] is not None]
-    evals = [e for e in entries if e["event"] == "eval" and e["val_loss"] is not None]
-    if not evals:
-        return
-    fig = Figure(figsize=(8, 5), layout="constrained")
-    ax = fig.subplots()
-    ax.plot([e["step"] for e in steps], [e["train_loss"] for e in steps], lw=0.8, alpha=0.6, label="training")
-    ax.plot([e["step"] for e in evals], [e["val_loss"] for e in evals], "o-", ms=3, label="validation")
-    if floor_loss:
-        ax.axhline(floor_loss, color="black", ls=":", lw=1, label="entropy floor")
-    low = min(e["val_loss"] for e in evals)
-    first = max((e["train_loss"] for e in steps), default=evals[0]["val_loss"])
-    ax.set(xlabel="update", ylabel="loss (nats per token)", title=out_dir.name, ylim=(0.7 * low, min(first, 4 * low)))
-    ax.grid(alpha=0.3)
-    ax.legend()
-    fig.savefig(out_dir / "loss.png.part", format="png", dpi=110)
-    os.replace(out_dir / "loss.png.part", out_dir / "loss.png")
+    fig, lowest = Figure(figsize=(11, 4.5), layout="constrained"), math.inf
+    axes = fig.subplots(1, 2, sharey=True)
+    for i, out_dir in enumerate(out_dirs):
+        entries = read_log(out_dir / "log.jsonl")
+        steps = [e for e in entries if e["event"] == "step" and e["train_loss"] is not None]
+        if not (evals := [e for e in entries if e["event"] == "eval" and e["val_loss"]]):
+            continue
+        bits_per_byte = "val_bpb" in evals[0]
+        unit = evals[0]["val_bpb"] / evals[0]["val_loss"] if bits_per_byte else 1
+        lowest = min(lowest, *(unit * e["val_loss"] for e in evals))
+        for ax, key, per, label in zip(axes, ("step", "seconds"), (1, 60), ("update", "minutes"), strict=True):
+            x, y = [e[key] / per for e in steps], [unit * e["train_loss"] for e in steps]
+            ax.plot(x, y, f"C{i}", lw=0.6, alpha=0.4)
+            x, y = [e[key] / per for e in evals], [unit * e["val_loss"] for e in evals]
+            ax.plot(x, y, f"C{i}o-", ms=3, label=out_dir.name)
+            ax.set(xlabel=label, ylabel="bits per byte" if bits_per_byte else "nats per token")
+    for ax in axes if lowest < math.inf else []:
+        if floor:
+            ax.axhline(floor, color="black", ls=":", lw=1, label="entropy floor")
+        ax.set_ylim(0.9 * (floor or lowest), 3 * lowest)
+        ax.grid(alpha=0.3)
+        ax.legend()
+    fig.savefig(f"{path}.part", format="png", dpi=100)
+    os.replace(f"{path}.part", path)
 
 
 def compare_runs(out_dirs):
-    """compare.png from several runs' log.jsonl: validation bits per byte against updates, and against minutes; the
-    last figures and samples, printed one below the other."""
-    from matplotlib.figure import Figure
-
-    fig = Figure(figsize=(11, 4.5), layout="constrained")
-    axes = fig.subplots(1, 2)
-    for ax, key, unit, label in ((axes[0], "step", 1, "update"), (axes[1], "seconds", 60, "minutes")):
-        ax.set(xlabel=label, ylabel="validation bits per byte", yscale="log")
-        ax.grid(alpha=0.3, which="both")
-        for out_dir in out_dirs:
-            evals = [e for e in read_log(out_dir / "log.jsonl") if e["event"] == "eval" and e.get("val_bpb")]
-            if not evals:
-                raise UserError(f"--compare: {out_dir / 'log.jsonl'} has no evaluation of a pretraining run")
-            ax.plot([e[key] / unit for e in evals], [e["val_bpb"] for e in evals], "o-", ms=3, label=out_dir.name)
-            if key == "step":
-                last = evals[-1]
-                minutes = last["seconds"] / 60
-                print(f"{out_dir}: {last['val_bpb']:.4f} bits per byte after {last['step']:,} updates, "
-                      f"{last['tokens']:,} tokens, {minutes:.1f} minutes\n  {last['sample']}\n")  # fmt: skip
-        ax.legend()
-    fig.savefig("compare.png", dpi=110)
+    """Print the last figures and sample of several runs, and draw them all into compare.png."""
+    for out_dir in out_dirs:
+        evals = [e for e in read_log(out_dir / "log.jsonl") if e["event"] == "eval" and e["val_loss"]]
+        if not evals:
+            raise UserError(f"--compare: {out_dir / 'log.jsonl'} has no evaluation")
+        last = evals[-1]
+        loss = f"{last['val_bpb']:.4f} bits per byte" if "val_bpb" in last else f"{last['val_loss']:.4f} nats per token"
+        print(f"{out_dir}: {loss} after {last['step']:,} updates, {last['tokens']:,} tokens, "
+              f"{last['seconds'] / 60:.1f} minutes\n  {last['sample']}\n")  # fmt: skip
+    draw_loss(Path("compare.png"), out_dirs)
     print("drawn to compare.png")
 
 
@@ -901,7 +898,7 @@ def document_ends(tokens, path, tokenizer):
     return np.concatenate(ends)
 
 
-def save_checkpoint(path, save_model, weights, state=None):
+def write_checkpoint(path, save_model, weights, state=None):
     """Write a model directory (and the state to resume from) beside `path`, make sure that it is whole and on the disk,
     then swap it in. Raises OSError where that fails; what was at `path` is then still there."""
     part = path.with_name(path.name + ".part")

@@ -22,7 +22,7 @@ import train
 from config import UserError, configure, usage
 from data.fable_grammar import TASKS, conversation, derivations, follows, is_held_out, records
 from lora import (
-    FORMATS,
+    TEMPLATES,
     InstructionTuning,
     LoraConfig,
     LoRALinear,
@@ -339,7 +339,7 @@ def tuning(records, **settings):
     model = Gemma(config).init_weights(0)
     conversations = [talk(record if isinstance(record, list) else [record]) for record in records]
     cfg = LoraConfig(**settings)
-    return InstructionTuning(cfg, TuneConfig(), model, TOKENIZER, FORMATS[cfg.template], [conversations] * 2)
+    return InstructionTuning(cfg, TuneConfig(), model, TOKENIZER, TEMPLATES[cfg.template], [conversations] * 2)
 
 
 def talk(turns):
@@ -485,7 +485,7 @@ def gemma(tmp_path_factory):
     return publish_gemma(tmp_path_factory.mktemp("gemma"), instructed=True)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("kind", ["byte-level", "gemma"])
 def test_a_format_renders_in_transformers_as_in_training(gemma, tmp_path, name, kind):
     """Token by token, a system message included, which our records have joined to the user's."""
@@ -499,7 +499,7 @@ def test_a_format_renders_in_transformers_as_in_training(gemma, tmp_path, name, 
         ours = read_messages({"messages": [*messages, {"role": "assistant", "content": answered}]})[:-1]
         ids, _ = encode_conversation(tokenizer, ours, name)
         how = {"add_generation_prompt": True, "return_dict": False}
-        assert peer.apply_chat_template(messages, chat_template=FORMATS[name], **how) == ids
+        assert peer.apply_chat_template(messages, chat_template=TEMPLATES[name], **how) == ids
         if (name, kind) == ("gemma", "gemma"):  # the published template is another text with the same outcome
             assert encode_conversation(tokenizer, ours, tokenizer.config["chat_template"])[0] == ids
             turns = [{"role": m["role"], "content": m["content"]} for m in ours]
@@ -513,7 +513,7 @@ def test_another_format_is_one_entry(monkeypatch):
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\nNext:\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    monkeypatch.setitem(FORMATS, "chatml", chatml)
+    monkeypatch.setitem(TEMPLATES, "chatml", chatml)
     assert LoraConfig(template="chatml")
     spec = json.loads(json.dumps(TOKENIZER.spec))
     flags = spec["added_tokens"][0]
@@ -662,7 +662,7 @@ def test_a_published_checkpoint_is_tuned_and_opens_in_peft(project, tmp_path, in
         "--max_length=128", *(["--template="] if instructed else ["--template=alpaca", "--max_length=256"]),
     )  # fmt: skip
     template = json.loads((run / "best/instruct.json").read_text())["template"]
-    assert template == (Tokenizer.load(base).config["chat_template"] if instructed else FORMATS["alpaca"])
+    assert template == (Tokenizer.load(base).config["chat_template"] if instructed else TEMPLATES["alpaca"])
     tokenizer = Tokenizer.load(run / "last")
     ids, _ = encode_conversation(tokenizer, exchange("Say fox 3.", "", "fox 3"), template)
     x = torch.tensor([ids])

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sample
 from config import UserError, configure
 from data import fable_grammar
-from lora import FORMATS, encode_conversation, load_adapter, merge_lora
+from lora import TEMPLATES, encode_conversation, load_adapter, merge_lora
 from model import Gemma
 from prepare import Tokenizer
 
@@ -301,7 +301,7 @@ def test_an_adapter_is_merged_into_the_export(tuned):
     printed = sampled(tuned, "--adapter=out/tuned/best", "--export_gguf=tuned.gguf", "--gguf_type=f32")
     assert printed.endswith("MB; llama-cli -m tuned.gguf runs it, or docs/play.html in a browser\n")
     file = gguf.GGUFReader(tuned / "tuned.gguf")
-    assert file.fields["tokenizer.chat_template"].contents() == FORMATS["short"]
+    assert file.fields["tokenizer.chat_template"].contents() == TEMPLATES["short"]
     tensors = {t.name: torch.tensor(t.data) for t in file.tensors}
     model = merge_lora(load_adapter(Gemma.from_pretrained(tuned / "out/fables/best"), tuned / "out/tuned/best"))
     torch.testing.assert_close(tensors["blk.1.ffn_up.weight"], model.model.layers[1].mlp.up_proj.weight.detach())

@@ -24,7 +24,7 @@ from train import (
     learning_rate,
     make_optimizers,
     read_log,
-    save_checkpoint,
+    write_checkpoint,
 )
 
 
@@ -149,7 +149,7 @@ def test_bits_per_byte_of_a_part_count_the_bytes_of_that_part(project):
     assert abs(per_token / (whole["bytes"] / whole["tokens"]) - 1) > 1e-3, "the part should differ from the whole"
     metrics, line = task.metrics(2.0)
     assert metrics["val_bpb"] == pytest.approx(2 / math.log(2) / per_token, rel=1e-6)
-    assert task.floor_loss is None and "floor" not in line
+    assert task.floor is None and "floor" not in line
 
 
 def test_judging_alone_needs_no_train_split(project, tmp_path):
@@ -460,7 +460,7 @@ def test_a_save_cut_off_in_the_middle_leaves_a_whole_checkpoint(tmp_path, monkey
     """Whichever rename of the swap is the last thing that happens."""
     config = GemmaConfig(vocab_size=448, hidden_size=32, num_hidden_layers=1, head_dim=16, intermediate_size=64)
     old, new = Gemma(config).init_weights(1), Gemma(config).init_weights(2)
-    save_checkpoint(tmp_path / "last", old.save_pretrained, old.state_dict())
+    write_checkpoint(tmp_path / "last", old.save_pretrained, old.state_dict())
     rename, calls = os.replace, []
 
     def dies(*args):
@@ -472,13 +472,13 @@ def test_a_save_cut_off_in_the_middle_leaves_a_whole_checkpoint(tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", dies)
         with pytest.raises(KeyboardInterrupt):
-            save_checkpoint(tmp_path / "last", new.save_pretrained, new.state_dict())
+            write_checkpoint(tmp_path / "last", new.save_pretrained, new.state_dict())
 
     def weights():
         return list(train.open_model(tmp_path / "last", "cpu").parameters())
 
     assert all(torch.equal(a, b) for a, b in zip(weights(), old.parameters(), strict=True))
-    save_checkpoint(tmp_path / "last", new.save_pretrained, new.state_dict())  # and the next save goes through
+    write_checkpoint(tmp_path / "last", new.save_pretrained, new.state_dict())  # and the next save goes through
     assert all(torch.equal(a, b) for a, b in zip(weights(), new.parameters(), strict=True))
 
 
