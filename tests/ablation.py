@@ -5,10 +5,11 @@ What each choice of a recipe is worth: the same short training with one thing ch
     python tests/ablation.py --only="recipe,AdamW 2e-3" --seeds=5 --max_iters=1200
     python tests/ablation.py --recipe=config/train_tinystories_cpu.py --max_iters=200
 
-A result is the mean over seeds of the last validation bits per byte, with their standard deviation. Hours for all of
-them: two processes with OMP_NUM_THREADS=1 and different --only take half as long on two cores.
+A result is the mean over seeds of the last validation bits per byte, with their standard deviation; results.jsonl has
+them all, ablation.png shows them. Hours for all of them: two processes with OMP_NUM_THREADS=1 and different --only take half as long on two cores.
 """
 
+import heapq
 import json
 import shutil
 import statistics
@@ -37,6 +38,48 @@ def random_starts():
                 self.starts = np.random.default_rng(0).integers(0, size, len(self.starts))
 
     train.PackedDataset = AnywhereRows
+
+
+def whole_documents():
+    """Rows of whole documents, each of which sees itself alone, packed with little room left; for evaluation too."""
+
+    class WholeDocuments(train.PackedDataset):
+        def __init__(self, path, meta, split, block_size, tokenizer):
+            super().__init__(path, meta, split, block_size, tokenizer)
+            ends = train.document_ends(self.tokens, path / f"{split}.bin", tokenizer)
+            self.first_tokens = np.concatenate([[0], ends[:-1] + 1])
+            self.lengths = np.minimum(ends + 1 - self.first_tokens, block_size)
+            self.rows, room = [], []  # a heap of (-room left, row)
+            for i in np.argsort(-self.lengths, kind="stable"):
+                if not room or -room[0][0] < self.lengths[i]:
+                    heapq.heappush(room, (-block_size, len(self.rows)))
+                    self.rows.append([])
+                left, row = room[0]
+                heapq.heapreplace(room, (left + int(self.lengths[i]), row))
+                self.rows[row].append(i)
+            self.num_new_targets = np.array([self.lengths[row].sum() for row in self.rows])
+
+        def __len__(self):
+            return len(self.rows)
+
+        def batch(self, rows, new_only=False):
+            x = np.full((len(rows), self.block_size), self.eot, dtype=np.int64)
+            y, documents = np.full_like(x, -100), np.zeros_like(x)
+            for i, row in enumerate(rows):
+                at = 0
+                for number, d in enumerate(self.rows[row], 1):
+                    first, n = self.first_tokens[d], self.lengths[d]
+                    y[i, at : at + n] = self.tokens[first : first + n]
+                    x[i, at + 1 : at + n], documents[i, at : at + n] = y[i, at : at + n - 1], number
+                    at += n
+            return tuple(map(torch.from_numpy, (x, y, documents)))
+
+    def validation_batches(self):
+        size = self.data_cfg.batch_size
+        for i in range(0, self.num_val_rows // size * size, size):
+            yield self.val_rows.batch(range(i, i + size))
+
+    train.PackedDataset, train.Pretraining.validation_batches = WholeDocuments, validation_batches
 
 
 def init_changed(change):
@@ -190,6 +233,9 @@ VARIANTS = {  # name: (flags, a patch)
     "weight decay 0.1": (["--weight_decay=0.1"], None),
     "weight decay 1": (["--weight_decay=1"], None),
     "random starts": ([], random_starts),
+    "whole documents": ([], whole_documents),
+    "whole documents, 4 x 448": (["--batch_size=4", "--block_size=448"], whole_documents),
+    "rows of 448": (["--batch_size=4", "--block_size=448"], None),
     "growing batch": ([], growing_batch),
 }
 
@@ -225,6 +271,26 @@ def main(cfg):
         print(line, flush=True)
         with open(results, "a") as f:
             f.write(line + "\n")
+        draw(results)
+
+
+def draw(results):
+    """ablation.png beside results.jsonl: a panel for each recipe and length, a bar of one standard deviation a variant."""
+    from matplotlib.figure import Figure
+
+    panels = {}
+    for line in map(json.loads, results.read_text().splitlines()):
+        title = f"{Path(line['recipe']).stem}, {line['max_iters']} updates"
+        panels.setdefault(title, {})[line["variant"]] = line["val_bpb"], line["stdev"] or 0.0
+    height = 1 + 0.25 * max(map(len, panels.values()))
+    fig = Figure(figsize=(6 * len(panels), height), layout="constrained")
+    for ax, (title, variants) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        names = sorted(variants, key=variants.get, reverse=True)
+        means, spreads = zip(*map(variants.get, names), strict=True)
+        ax.errorbar(means, names, xerr=spreads, fmt="o", ms=4, capsize=3)
+        ax.set(title=title, xlabel="validation bits per byte")
+        ax.grid(alpha=0.3)
+    fig.savefig(results.with_name("ablation.png"), dpi=100)
 
 
 if __name__ == "__main__":
