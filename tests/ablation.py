@@ -6,7 +6,8 @@ What each choice of a recipe is worth: the same short training with one thing ch
     python tests/ablation.py --recipe=config/train_tinystories_cpu.py --max_iters=200
 
 A result is the mean over seeds of the last validation bits per byte, with their standard deviation; results.jsonl has
-them all, ablation.png shows them. Hours for all of them: two processes with OMP_NUM_THREADS=1 and different --only take half as long on two cores.
+them all, and ablation.png shows them. All of them take hours: two processes with OMP_NUM_THREADS=1 and different --only
+take half as long on two cores.
 """
 
 import heapq
@@ -275,7 +276,7 @@ def main(cfg):
 
 
 def draw(results):
-    """ablation.png beside results.jsonl: a panel for each recipe and length, a bar of one standard deviation a variant."""
+    """ablation.png beside results.jsonl: a panel for each recipe and length, bars of one standard deviation."""
     from matplotlib.figure import Figure
 
     panels = {}
