@@ -308,7 +308,9 @@ class Trainer:
         if self.write_errors:
             raise Failure(f"{len(self.write_errors)} writes failed, the last of them: {self.write_errors[-1]}")
         if self.stop_signal:
-            print(f"stopped after update {state.step}; to go on: {resume_command()}", flush=True)
+            print(
+                f"stopped after update {state.step}; to go on, add --init_from=resume to the same command", flush=True
+            )
             shutdown_distributed(128 + self.stop_signal)
 
     def updates_in(self, seconds):
@@ -1115,19 +1117,6 @@ def runtime_errors(memory_hint):
         if dist.is_initialized() and ("gloo" in reason or "NCCL" in reason):
             raise Failure(f"another process is gone, or hangs: {reason}") from None
         raise
-
-
-def resume_command():
-    """The command line that goes on with this run, torchrun's own flags included."""
-    command = ["python", *sys.argv]
-    if dist.is_initialized():
-        with contextlib.suppress(OSError):  # the parent process is torchrun; Linux alone tells its command line
-            parent = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")[:-1]
-            started = [
-                i for i, word in enumerate(parent) if Path(word).name == "torchrun" or word.endswith("distributed.run")
-            ]
-            command = ["torchrun", *parent[started[0] + 1 :]] if started else command
-    return shlex.join([*(word for word in command if not word.startswith("--init_from=")), "--init_from=resume"])
 
 
 # ---- processes: torchrun starts several of this script, each with a device of its own --------------------------------

@@ -200,9 +200,7 @@ def test_a_signal_to_torchrun_saves(project):
     wait_for_update(process, 7)
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=60)
-    command = printed.split("to go on: ")[1].splitlines()[0]
-    assert command.startswith("torchrun --standalone --max-restarts=0 --nproc_per_node=2 train.py --dataset=fables")
-    assert command.endswith(f"--out_dir={out} --init_from=resume")
+    assert "to go on: the same command, and --init_from=resume" in printed
     state = train.read_state(out / "last", {"settings": {}}, ())
     assert state["step"] >= 7 and state["step"] % 5, "saved where it was told to stop, not at an evaluation"
 
