@@ -31,7 +31,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import benchmark
 import torch
 from torch.nn.attention.flex_attention import flex_attention
-from torch.utils.checkpoint import checkpoint
 
 import config
 import train
@@ -73,8 +72,8 @@ class Skipped(Exception):
 
 def plan(cfg):
     shapes = [(64, 24)] if cfg.quick else [(1024, 512), (1024, 128), (2048, 512), (2048, 128), (512, 512)]
-    batches, modes = ([2] if cfg.quick else [32, 64, 16, 8]), ["not compiled", "recomputed"]
-    modes += [] if cfg.quick else ["compiled whole"]
+    batches, modes = ([2] if cfg.quick else [32, 64, 16, 8]), ["not compiled"]
+    modes += [] if cfg.quick else ["activation memory 0.7", "activation memory 0.4", "compiled whole"]
     decoded = [(b, compiled) for b in ([1] if cfg.quick else [1, 16, 64]) for compiled in (True, False)]
     train_sec, tune_sec = (int(60 * minutes + 300) for minutes in (cfg.train_minutes, cfg.tune_minutes))
     return [
@@ -220,19 +219,21 @@ def varlen(q, k, v, window, scale):
     return y.unflatten(0, (B, T)).transpose(1, 2)
 
 
+# by layers: train.py's activation_memory
+BY_LAYERS = {"compiled by layers": 1.0, "activation memory 0.7": 0.7, "activation memory 0.4": 0.4}
+
+
 def recipe(cfg, batch, mode="compiled by layers"):
     """Updates of the 270M recipe: speed, MFU, memory, and what host and device do in one of them."""
     device, dtype, rows = train.pick_device(cfg.device), torch.bfloat16, 4 if cfg.quick else 256
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
-    by_layers = mode == "compiled by layers" or (mode == "recomputed" and not cfg.quick)
-    settings = sizes(cfg, job="train", batch_size=rows, block_size=1024, optimizer="muon", compile=by_layers)
-    settings = replace(settings, gradient_accumulation_steps=rows // batch)
+    settings = sizes(cfg, job="train", batch_size=rows, block_size=1024, optimizer="muon")
+    settings = replace(settings, gradient_accumulation_steps=rows // batch, compile=mode in BY_LAYERS,
+                       activation_memory=BY_LAYERS.get(mode, 1.0))  # fmt: skip
     step, tokens, model = benchmark.training(settings, device, dtype)
     if mode == "compiled whole":
         model.compile(dynamic=False)
-    for block in model.model.layers if mode == "recomputed" else []:  # compiling comes later, with the first update
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     count = 2 if cfg.quick else 30 if (batch, mode) == (32, "compiled by layers") else 8
     seconds = benchmark.timed(device, step, 2 + count)
     rate = tokens / statistics.median(seconds[2:])
