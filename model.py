@@ -501,12 +501,13 @@ def check_config(c):
     """Raises ValueError for a setting of the wrong type or size, and for settings that do not go together."""
     for f in fields(c):
         value, is_id = getattr(c, f.name), f.name.endswith("_token_id")
-        fits = isinstance(value, (int, float) if f.type is float else f.type) and not isinstance(value, bool)
+        fits = isinstance(value, (int, float) if f.type is float else f.type)
+        fits = fits and isinstance(value, bool) == (f.type is bool)
         require(fits, f"{f.name}={value!r} must be of type {getattr(f.type, '__name__', f.type)}")
         for number in value if is_id and isinstance(value, list) else [value]:
             if is_id and number is not None:
                 require(type(number) is int and 0 <= number < 2**31, f"{f.name}={value!r} is no token id")
-            elif isinstance(number, int | float):
+            elif type(number) in (int, float):
                 require(0 < number < 2**31, f"{f.name}={value!r} must be a number above 0")
     require(c.num_hidden_layers <= 1000, f"num_hidden_layers={c.num_hidden_layers} is more than any Gemma 3 has")
     kinds = [SLIDING] * c.num_hidden_layers if c.layer_types is None else c.layer_types

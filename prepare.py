@@ -505,7 +505,8 @@ def hub_directory(name, files=("*.json", "*.safetensors", "*.jinja")):
 
 # Bundled corpora, each a module that provides documents(seed, count), an iterator of texts (count 0: its own number);
 # bits(text), -log2 of the probability that it generates this text, or None in place of the function; and TOKENIZER,
-# the value that --tokenizer has by default.
+# the value that --tokenizer has by default. For lora.py --data also records(seed, count, held_out), conversations, and
+# follows(turn, answer), whether an answer does what was asked (data/fable_grammar.py says what these are).
 CORPORA = {"fables": "data.fable_grammar"}
 ON_THE_HUB = {"tinystories": "roneneldan/TinyStories"}  # datasets with a name of their own here
 
