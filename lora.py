@@ -197,7 +197,10 @@ TEMPLATES = {
 
 
 def encode_conversation(tokenizer, messages, template):
-    """Token ids of a conversation, and for each whether it belongs to a response, its end included.
+    """Token ids of a conversation, and for each whether it belongs to a response, its end included. In "short", marked:
+
+        <|endoftext|>Instruction: Who is it?\\nResponse: Emil.<|endoftext|>
+                                                        ^^^^^^^^^^^^^^^^^^^
 
     template: one of TEMPLATES, or any chat template. Where the last message is a user's, the ids are a prompt for the
     response. Training and sampling both go through here, so their prompts can't differ. Contents are encoded by
