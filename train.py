@@ -1185,6 +1185,8 @@ def compile_and_wrap_ddp(model, cfg):
     """The model as backward() calls it: compiled, and with gradients that are means over all processes."""
     if cfg.compile:
         torch._functorch.config.activation_memory_budget = cfg.activation_memory
+        # dropout by PyTorch's own generator, on CPUs faster than by what is compiled for it
+        torch._inductor.config.fallback_random = model.device.type == "cpu"
         model.compile_layers()
     return DistributedDataParallel(model) if dist.is_initialized() and not cfg.fsdp else model
 

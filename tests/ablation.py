@@ -235,7 +235,7 @@ VARIANTS = {  # name: (flags, a patch)
     "weight decay 1": (["--weight_decay=1"], None),
     "random starts": ([], random_starts),
     "whole documents": ([], whole_documents),
-    "whole documents, 4 x 448": (["--batch_size=4", "--block_size=448"], whole_documents),
+    "whole documents 4x448": (["--batch_size=4", "--block_size=448"], whole_documents),
     "rows of 448": (["--batch_size=4", "--block_size=448"], None),
     "growing batch": ([], growing_batch),
 }
