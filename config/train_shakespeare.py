@@ -15,17 +15,18 @@ head_dim = 64
 sliding_window = 512
 max_position_embeddings = 1024
 
-batch_size = 16
+# 8 rows x 256 tokens = 2,048 tokens an update; 732 updates = 3.6 epochs. Weight decay keeps it from memorizing the
+# megabyte, at no cost in time: without it (0.1) the same updates end at 2.154 bits per byte. Dropout halves the speed.
+batch_size = 8
 block_size = 256
-max_iters = 550
-dropout = 0.1
+max_iters = 732
+weight_decay = 1.0
 
 learning_rate = 8e-3
 warmup_iters = 20
 momentum = 0.9
 cooldown_frac = 0.6
-weight_decay = 0.1
 
-eval_interval = 110
+eval_interval = 244
 log_interval = 10
 sample_prompt = "ROMEO:\n"
