@@ -12,10 +12,10 @@ template = "short"  # Alpaca's would cost this vocabulary some hundred tokens a 
 rank = 6
 alpha = 12.0
 
-# 6,000 conversations packed into 2,008 rows of 1,091 tokens, 2% of them padding: a row an update. Rows of
+# 6,000 conversations packed into 2,008 rows of 1,091 tokens, 2% of them padding: one epoch, a row an update. Rows of
 # 1,789 tokens made fewer updates and cost more attention: they followed less, and took a third longer.
 max_records = 6000
-epochs = 1.3
+epochs = 1.0
 max_tokens_per_batch = 1100
 
 learning_rate = 8e-3  # half of it followed 86% of the held-out instructions, this 94% (5,500 conversations, one base)
