@@ -308,9 +308,7 @@ class Trainer:
         if self.write_errors:
             raise Failure(f"{len(self.write_errors)} writes failed, the last of them: {self.write_errors[-1]}")
         if self.stop_signal:
-            print(
-                f"stopped after update {state.step}; to go on, add --init_from=resume to the same command", flush=True
-            )
+            print(f"stopped after update {state.step}; to go on: the same command, and --init_from=resume", flush=True)
             shutdown_distributed(128 + self.stop_signal)
 
     def updates_in(self, seconds):
