@@ -686,8 +686,8 @@ def cached_attention(q, k, v, valid, scale):
 
 
 def select_targets(x, targets):
-    """The rows of x (N, C) that have a target, and their targets. Filled up to whole quarters of N: what is compiled for
-    them, for training and for evaluation, then has eight shapes at most, which is as many as torch.compile takes."""
+    """The rows of x (N, C) that have a target, and their targets. Filled up to whole quarters of N: what is compiled
+    for them, for training and for evaluation, has eight shapes at most, which is as many as torch.compile takes."""
     quarter, wanted = max(1, math.ceil(len(targets) / 4)), (targets != -100).nonzero()[:, 0]
     filler = (0, max(1, math.ceil(len(wanted) / quarter)) * quarter - len(wanted))
     return x.index_select(0, F.pad(wanted, filler)), F.pad(targets[wanted], filler, value=-100)
