@@ -326,6 +326,20 @@ def open_records(cfg, seed):
 ROW_TOKENS = 2048  # in a row at most, unless a record is longer: attention to all of a row costs its square
 
 
+def pack(lengths, row_length):
+    """Put records of these lengths, none of them longer than a row, into rows -> lists of record numbers. The longest
+    goes first, each into the row that has the most room."""
+    num_rows = math.ceil(sum(lengths) / row_length)
+    while True:
+        rows = [(0, row, []) for row in range(num_rows)]  # (tokens, row, records): a heap
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            tokens, row, records = rows[0]
+            heapq.heapreplace(rows, (tokens + lengths[i], row, [*records, i]))
+        if max(tokens for tokens, *_ in rows) <= row_length:
+            return [records for _, _, records in rows]
+        num_rows += math.ceil(num_rows / 100)
+
+
 class InstructionTuning:
     """Instruction tuning, as a task for Trainer."""
 
@@ -345,10 +359,10 @@ class InstructionTuning:
             which, limit = "held-out" if self.train_set else "train", lora_cfg.max_length
             raise UserError(f"--data={lora_cfg.data}: no {which} record has a response within {limit} tokens")
         self.rows_per_batch, self.row_length = self.batch_shape()
-        self.train_rows = self.pack(self.train_set)
+        self.train_rows = pack([len(ids) - 1 for ids, _ in self.train_set], self.row_length)
         fullest = max(sum(len(self.train_set[i][0]) - 1 for i in row) for row in self.train_rows)
         self.row_length = max(fullest, *(len(ids) - 1 for ids, _ in self.val_set))
-        self.val_rows = self.pack(self.val_set)
+        self.val_rows = pack([len(ids) - 1 for ids, _ in self.val_set], self.row_length)
 
     def encode_all(self, conversations):
         """Conversations -> [(ids, targets)], those kept. Targets: the responses' ids, elsewhere -100. Too long ones
@@ -375,19 +389,6 @@ class InstructionTuning:
         tokens = min(cfg.max_tokens_per_batch, round(records * sum(lengths) / len(lengths)))
         rows = max(1, tokens // ROW_TOKENS)
         return rows, max(tokens // rows, *lengths, *(len(ids) - 1 for ids, _ in self.val_set))
-
-    def pack(self, encoded):
-        """Rows, as lists of record numbers: the longest record goes first, each into the row that has the most room."""
-        lengths = [len(ids) - 1 for ids, _ in encoded]
-        num_rows = math.ceil(sum(lengths) / self.row_length)
-        while True:
-            rows = [(0, row, []) for row in range(num_rows)]  # (tokens, row, records): a heap
-            for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-                tokens, row, records = rows[0]
-                heapq.heapreplace(rows, (tokens + lengths[i], row, [*records, i]))
-            if max(tokens for tokens, *_ in rows) <= self.row_length:
-                return [records for _, _, records in rows]
-            num_rows += math.ceil(num_rows / 100)
 
     def collate(self, encoded, rows):
         """Inputs, targets and documents (B, T) of some rows, filled up to a batch."""

@@ -245,6 +245,8 @@ class Gemma(nn.Module):
     def compile_layers(self):
         """Compile for training the parts of forward() by themselves: one graph serves all layers of a kind, so that
         compiling takes no longer for many layers, and a layer's memory is planned apart from the others'."""
+        # of the loss: four by select_targets, in training and in evaluation, and those of plain text
+        torch._dynamo.config.recompile_limit = 16
         for block in self.model.layers:
             block.compile(dynamic=False)
         self.loss = torch.compile(self.loss, dynamic=False)
@@ -686,8 +688,8 @@ def cached_attention(q, k, v, valid, scale):
 
 
 def select_targets(x, targets):
-    """The rows of x (N, C) that have a target, and their targets. Filled up to whole quarters of N: what is compiled
-    for them, for training and for evaluation, has eight shapes at most, which is as many as torch.compile takes."""
+    """The rows of x (N, C) that have a target, and their targets. Filled up to whole quarters of N, so that what is
+    compiled for them has few shapes."""
     quarter, wanted = max(1, math.ceil(len(targets) / 4)), (targets != -100).nonzero()[:, 0]
     filler = (0, max(1, math.ceil(len(wanted) / quarter)) * quarter - len(wanted))
     return x.index_select(0, F.pad(wanted, filler)), F.pad(targets[wanted], filler, value=-100)

@@ -488,10 +488,10 @@ def hub_directory(name, files=("*.json", "*.safetensors", "*.jinja")):
     """`name` as a path; where nothing lies there and it reads like a Hub id, a download of that repository's files."""
     if os.path.exists(name) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
         return Path(name)
-    look_for_hub()
-    from huggingface_hub import errors, snapshot_download
-
     with user_errors(f"{name}: not a directory here, and not to be had from the Hugging Face Hub"):
+        look_for_hub()
+        from huggingface_hub import errors, snapshot_download
+
         try:
             return Path(snapshot_download(name, allow_patterns=list(files)))
         except errors.RepositoryNotFoundError as e:
@@ -684,10 +684,10 @@ def open_hub(name, cfg):
 
 def load_from_hub(name, flag, subset="", streaming=False):
     """The splits of a dataset on the Hub. flag: the setting that names it."""
-    look_for_hub()
-    import datasets  # slow to import, and only needed for the Hub, .json and .parquet
-
     with user_errors(f"--{flag}={name}: not a file or folder here, and not to be had from the Hugging Face Hub"):
+        look_for_hub()
+        import datasets  # slow to import, and only needed for the Hub, .json and .parquet
+
         return datasets.load_dataset(name, subset or None, streaming=streaming)
 
 

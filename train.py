@@ -94,7 +94,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # bfloat16 (autocast over float32 weights), float32; auto: bfloat16 where it is fast
     compile: bool = True  # torch.compile the model
-    activation_memory: float = 1.0  # share of activations kept for backward; the rest is computed again (compiled only)
+    activation_memory: float = 1.0  # share of activations kept for backward, the rest made again: compiled, no dropout
     fsdp: bool = False  # under torchrun: shard weights, gradients and optimizer state too, for what does not fit
     seed: int = 1337  # of the initial weights, the order of the data, dropout and samples
 
@@ -821,14 +821,18 @@ def draw_loss(path, out_dirs, floor=None):
 
 def compare_runs(out_dirs):
     """Print the last figures and sample of several runs, and draw them all into compare.png."""
+    kinds = set()
     for out_dir in out_dirs:
         evals = [e for e in read_log(out_dir / "log.jsonl") if e["event"] == "eval" and e["val_loss"]]
         if not evals:
             raise UserError(f"--compare: {out_dir / 'log.jsonl'} has no evaluation")
         last = evals[-1]
+        kinds.add("val_bpb" in last)
         loss = f"{last['val_bpb']:.4f} bits per byte" if "val_bpb" in last else f"{last['val_loss']:.4f} nats per token"
         print(f"{out_dir}: {loss} after {last['step']:,} updates, {last['tokens']:,} tokens, "
               f"{last['seconds'] / 60:.1f} minutes\n  {last['sample']}\n")  # fmt: skip
+    if len(kinds) > 1:
+        raise UserError("--compare: pretraining is drawn in bits per byte, tuning in nats per token: name one kind")
     draw_loss(Path("compare.png"), out_dirs)
     print("drawn to compare.png")
 
@@ -1182,6 +1186,9 @@ def without_targets(batch):
 def compile_and_wrap_ddp(model, cfg):
     """The model as backward() calls it: compiled, and with gradients that are means over all processes."""
     if cfg.compile:
+        if cfg.activation_memory < 1 and any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules()):
+            raise UserError("activation_memory below 1 needs dropout=0: PyTorch would draw other numbers when it "
+                            "computes again, and gradients would be wrong")  # fmt: skip
         torch._functorch.config.activation_memory_budget = cfg.activation_memory
         # dropout by PyTorch's own generator, on CPUs faster than by what is compiled for it
         torch._inductor.config.fallback_random = model.device.type == "cpu"

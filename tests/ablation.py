@@ -10,7 +10,6 @@ them all, and ablation.png shows them. All of them take hours: two processes wit
 take half as long on two cores.
 """
 
-import heapq
 import json
 import shutil
 import statistics
@@ -26,6 +25,7 @@ import torch
 
 import config
 import train
+from lora import pack
 
 
 def random_starts():
@@ -50,14 +50,7 @@ def whole_documents():
             ends = train.document_ends(self.tokens, path / f"{split}.bin", tokenizer)
             self.first_tokens = np.concatenate([[0], ends[:-1] + 1])
             self.lengths = np.minimum(ends + 1 - self.first_tokens, block_size)
-            self.rows, room = [], []  # a heap of (-room left, row)
-            for i in np.argsort(-self.lengths, kind="stable"):
-                if not room or -room[0][0] < self.lengths[i]:
-                    heapq.heappush(room, (-block_size, len(self.rows)))
-                    self.rows.append([])
-                left, row = room[0]
-                heapq.heapreplace(room, (left + int(self.lengths[i]), row))
-                self.rows[row].append(i)
+            self.rows = pack(self.lengths.tolist(), block_size)
             self.num_new_targets = np.array([self.lengths[row].sum() for row in self.rows])
 
         def __len__(self):
@@ -234,7 +227,6 @@ VARIANTS = {  # name: (flags, a patch)
     "weight decay 0.1": (["--weight_decay=0.1"], None),
     "weight decay 1": (["--weight_decay=1"], None),
     "random starts": ([], random_starts),
-    "whole documents": ([], whole_documents),
     "whole documents 4x448": (["--batch_size=4", "--block_size=448"], whole_documents),
     "rows of 448": (["--batch_size=4", "--block_size=448"], None),
     "growing batch": ([], growing_batch),

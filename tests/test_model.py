@@ -1,6 +1,7 @@
 """model.py against transformers' Gemma3ForCausalLM, on the same weights."""
 
 import contextlib
+import functools
 import itertools
 import json
 import re
@@ -689,3 +690,23 @@ def test_config_of_transformers_old_style_and_new():
 def test_impossible_configs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         small(**changes)
+
+
+def test_rows_of_records_stay_compiled(monkeypatch):
+    """The loss once met more shapes than torch.compile takes by default, and went on without it."""
+    config = GemmaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, sliding_window_pattern=2, head_dim=16,
+        num_attention_heads=2,
+    )  # fmt: skip
+    model, (B, T) = Gemma(config).init_weights(0), (2, 32)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        model.compile_layers()
+        tokens = torch.randint(64, (B, T))
+        for grad, share in itertools.product((True, False), (0.2, 0.4, 0.7, 1.0)):
+            targets = tokens.where(torch.arange(T) < share * T, -100)
+            with torch.set_grad_enabled(grad):
+                model(tokens, targets, torch.ones_like(tokens))
+        with torch.no_grad():
+            model(tokens.repeat(4, 1), tokens.repeat(4, 1))  # plain text

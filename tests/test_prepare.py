@@ -3,12 +3,14 @@
 import contextlib
 import errno
 import fcntl
+import http.server
 import json
 import os
 import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -353,6 +355,22 @@ def test_reading_takes_time_in_proportion_to_the_size(here):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # mistakes, and what must not be lost
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_the_hub_s_library_is_told_where_there_is_no_network(monkeypatch, capsys, answers):
+    """It retried for 25 seconds."""
+    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)  # to all it says 501
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.delenv("HF_HUB_OFFLINE")  # of conftest.py
+    thread = threading.Thread(target=server.handle_request, daemon=True)
+    if answers:
+        thread.start()
+    else:
+        server.server_close()
+    prepare.look_for_hub()
+    server.server_close()
+    assert ("HF_HUB_OFFLINE" in os.environ) == ("can't be reached" in capsys.readouterr().out) == (not answers)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
+import contextlib
 import importlib.util
 import json
 import math
 import os
+import re
 import shutil
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -13,6 +16,7 @@ from conftest import TINY, copy_project, fails, losses, run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
+from config import UserError
 from model import Gemma, GemmaConfig
 from train import (
     Dataset,
@@ -440,6 +444,30 @@ def test_runs_are_compared(project):
     assert "no evaluation" in run_script(project, "train.py", "--compare=out/a,out/none", ok=False).stderr
 
 
+def test_runs_of_two_kinds_are_not_compared(tmp_path):
+    """Bits per byte and nats per token were once drawn on one axis."""
+    for name, loss in (("pretrained", {"val_loss": 1.0, "val_bpb": 0.4}), ("tuned", {"val_loss": 1.0})):
+        entry = {"event": "eval", "step": 0, "tokens": 0, "seconds": 0.0, "sample": "", **loss}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text(json.dumps(entry) + "\n")
+    with pytest.raises(UserError, match="name one kind"):
+        train.compare_runs([tmp_path / "pretrained", tmp_path / "tuned"])
+
+
+def test_in_a_terminal_progress_stays_on_one_line(project):
+    pty = pytest.importorskip("pty")
+    terminal, side = pty.openpty()
+    flags = ["--dataset=fables", "--out_dir=out/terminal", *TINY, "--max_iters=3", "--eval_interval=1000"]
+    process = subprocess.Popen([sys.executable, "train.py", *flags], cwd=project, stdout=side)
+    os.close(side)
+    shown = b""
+    with contextlib.suppress(OSError):  # the other side is closed
+        while piece := os.read(terminal, 4096):
+            shown += piece
+    assert process.wait() == 0
+    assert re.search(rb"\x1b\[Kupdate +1/3: [^\n]*\r\x1b\[Kupdate +2/3: [^\n]*\r\x1b\[Kupdate +3/3: ", shown), shown
+
+
 def test_best_is_the_best_not_the_last(project):
     """nanoGPT overwrites its best loss by a worse one when it keeps every checkpoint."""
     run, _ = pretrain(
@@ -524,6 +552,7 @@ def test_the_one_dataset_whose_name_begins_so(project, monkeypatch, tmp_path):
         (["--optimizer=sgd"], "muon or adamw"),
         (["--batch_size=0"], "at least 1"),
         (["--sliding_window=9999"], "larger than"),
+        (["--compile=True", "--activation_memory=0.5", "--dropout=0.1"], "needs dropout=0"),
     ],
 )
 def test_mistakes_end_in_one_line(project, args, message):
