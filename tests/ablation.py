@@ -193,6 +193,62 @@ def adamw_with(scale=1.0, **settings):
     return patch
 
 
+def cautious_decay(strength):
+    """Weights decay where the move makes them smaller anyway (Chen et al. 2025), in parts of the move's size, so that
+    decay ends at zero with the learning rate."""
+
+    def patch():
+        shard_like = train.shard_like
+
+        def decayed(move, p):
+            move = shard_like(move, p)
+            return move + strength * p * (move * p > 0)
+
+        train.shard_like = decayed
+
+    return patch
+
+
+def separate_cooldowns():
+    """The rate of embedding and norms comes down over half as many updates as that of the matrices."""
+    set_learning_rate = train.Trainer.set_learning_rate
+
+    def separate(self):
+        done, cooldown = self.state.step / self.cfg.max_iters, self.cfg.cooldown_frac
+        for group in self.optimizers[-1].param_groups:
+            group["lr_scale"] = min(1, 2 * (1 - done) / cooldown) / min(1, (1 - done) / cooldown)
+        return set_learning_rate(self)
+
+    train.Trainer.set_learning_rate = separate
+
+
+def averaged_weights(decay):
+    """Evaluate a running mean of the weights."""
+
+    def patch():
+        optimizer_step, evaluate, means = train.optimizer_step, train.evaluate, {}
+
+        def step(optimizers, *args):
+            result = optimizer_step(optimizers, *args)
+            for p in (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]):
+                means.setdefault(p, p.detach().clone()).lerp_(p.detach(), 1 - decay)
+            return result
+
+        def swap():
+            for p, mean in means.items():
+                p.data, means[p] = mean, p.data
+
+        def evaluate_mean(*args):
+            swap()
+            loss = evaluate(*args)
+            swap()
+            return loss
+
+        train.optimizer_step, train.evaluate = step, evaluate_mean
+
+    return patch
+
+
 ADAMW, COSINE = "--optimizer=adamw", "--schedule=cosine"
 VARIANTS = {  # name: (flags, a patch)
     "recipe": ([], None),
@@ -226,6 +282,11 @@ VARIANTS = {  # name: (flags, a patch)
     "beta1 0.8 and eps 1e-10": ([], adamw_with(betas=(0.8, 0.95), eps=1e-10)),
     "weight decay 0.1": (["--weight_decay=0.1"], None),
     "weight decay 1": (["--weight_decay=1"], None),
+    "cautious decay 0.1": ([], cautious_decay(0.1)),
+    "cautious decay 1": ([], cautious_decay(1.0)),
+    "separate cooldowns": ([], separate_cooldowns),
+    "mean of weights 0.98": ([], averaged_weights(0.98)),
+    "mean of weights 0.98 and cooldown 0.25": (["--cooldown_frac=0.25"], averaged_weights(0.98)),
     "random starts": ([], random_starts),
     "whole documents 4x448": (["--batch_size=4", "--block_size=448"], whole_documents),
     "rows of 448": (["--batch_size=4", "--block_size=448"], None),
