@@ -13,6 +13,7 @@ Face format and run through tiktoken where they are byte-level BPE, through `tok
 
 import contextlib
 import errno
+import glob
 import hashlib
 import importlib
 import itertools
@@ -617,8 +618,8 @@ SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 
 
 def source_files(path):
-    """The files of a local corpus."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    """The files of a local corpus; of a folder, those that are not hidden."""
+    files = sorted(path / name for name in glob.glob("**", root_dir=path, recursive=True)) or [path]
     return [f for f in files if f.suffix in SUFFIXES and os.path.isfile(f)]
 
 
@@ -649,7 +650,7 @@ def map_file(path):
 
 def decode(text, start, end, path):
     try:
-        return text[start:end].decode("utf-8")
+        return text[start:end].decode("utf-8").removeprefix("\ufeff")  # the mark that Windows puts before a text
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 at byte {start + e.start}; convert it, as with iconv") from None
 
@@ -668,10 +669,10 @@ def column(rows, name, source):
     """The texts in a column of rows, as read_rows or the Hub gives them."""
     with user_errors(f"{source}: no further row can be read"):
         for row in rows:
-            if not isinstance(row.get(name), str):
+            if not isinstance(row.get(name, 0), str | None):
                 kinds = ", ".join(f"{key} ({type(value).__name__})" for key, value in row.items())
                 raise UserError(f"{source}: no text in a column {name!r}; choose --text_column from {kinds}")
-            if text := row[name].strip():
+            if text := (row[name] or "").strip():
                 yield text
 
 

@@ -215,6 +215,18 @@ def test_a_folder_with_a_validation_file(here):
     assert documents_of(path, meta, "train") == STORIES
 
 
+def test_a_folder_as_people_have_it(here):
+    """Hidden files, a byte-order mark, records without a text."""
+    (here / "c" / ".git").mkdir(parents=True)
+    for name in ("._a.txt", ".git/b.txt"):
+        (here / "c" / name).write_bytes(b"\xff")
+    (here / "c" / "a.txt").write_text(f"one{END_OF_TEXT}two", encoding="utf-8-sig")
+    (here / "c" / "b.jsonl").write_text('{"text": "three"}\n{"text": null}\n{"other": 1}\n{"text": "four"}\n')
+    path, meta = prepared(dataset="c", name="mine", val_fraction=0.5)
+    texts = documents_of(path, meta, "train") + documents_of(path, meta, "val")
+    assert sorted(texts) == sorted(["one", "two", "three", "four"])
+
+
 def test_held_out_documents_depend_on_their_text_alone():
     held_out = {s for s in STORIES if is_held_out(s, 0.1)}
     assert held_out == {s for s in reversed(STORIES) if is_held_out(s, 0.1)}
