@@ -42,13 +42,14 @@ from train import (
     Trainer,
     epoch_shuffled_indices,
     evaluate,
+    get_rank,
     loading_device,
     open_dataset,
     open_model,
     pick_dtype,
-    rank,
     read_state,
     resolve_out_dir,
+    runtime_errors,
     set_up,
     shutdown_distributed,
     warmup_updates,
@@ -317,6 +318,9 @@ def open_records(cfg, seed):
     fraction = max(cfg.val_fraction, min(0.5, 8 / max(1, len(conversations))))
     for messages in conversations:
         split[is_held_out(json.dumps(messages), fraction)].append(messages)
+    most, others = sorted(split, key=len, reverse=True)
+    if len(most) > 1 and not others:  # of two or three, chance can put all on one side
+        others.append(most.pop())
     return split
 
 
@@ -340,6 +344,11 @@ def pack(lengths, row_length):
         num_rows += math.ceil(num_rows / 100)
 
 
+def lengths_of(encoded):
+    """How many positions each record (ids, targets) takes in a row: its last token is a target alone."""
+    return [len(ids) - 1 for ids, _ in encoded]
+
+
 class InstructionTuning:
     """Instruction tuning, as a task for Trainer."""
 
@@ -359,10 +368,10 @@ class InstructionTuning:
             which, limit = "held-out" if self.train_set else "train", lora_cfg.max_length
             raise UserError(f"--data={lora_cfg.data}: no {which} record has a response within {limit} tokens")
         self.rows_per_batch, self.row_length = self.batch_shape()
-        self.train_rows = pack([len(ids) - 1 for ids, _ in self.train_set], self.row_length)
-        fullest = max(sum(len(self.train_set[i][0]) - 1 for i in row) for row in self.train_rows)
-        self.row_length = max(fullest, *(len(ids) - 1 for ids, _ in self.val_set))
-        self.val_rows = pack([len(ids) - 1 for ids, _ in self.val_set], self.row_length)
+        lengths, val_lengths = lengths_of(self.train_set), lengths_of(self.val_set)
+        self.train_rows = pack(lengths, self.row_length)
+        self.row_length = max(*(sum(lengths[i] for i in row) for row in self.train_rows), *val_lengths)
+        self.val_rows = pack(val_lengths, self.row_length)
 
     def encode_all(self, conversations):
         """Conversations -> [(ids, targets)], those kept. Targets: the responses' ids, elsewhere -100. Too long ones
@@ -384,11 +393,11 @@ class InstructionTuning:
 
     def batch_shape(self):
         """Rows in a batch and tokens in a row, always the same, so that one compiled graph serves all batches."""
-        lengths, cfg = [len(ids) - 1 for ids, _ in self.train_set], self.lora_cfg
+        lengths, cfg = lengths_of(self.train_set), self.lora_cfg
         records = cfg.batch_size or max(4, round(len(lengths) / 100))
         tokens = min(cfg.max_tokens_per_batch, round(records * sum(lengths) / len(lengths)))
         rows = max(1, tokens // ROW_TOKENS)
-        return rows, max(tokens // rows, *lengths, *(len(ids) - 1 for ids, _ in self.val_set))
+        return rows, max(tokens // rows, *lengths, *lengths_of(self.val_set))
 
     def collate(self, encoded, rows):
         """Inputs, targets and documents (B, T) of some rows, filled up to a batch."""
@@ -427,7 +436,7 @@ class InstructionTuning:
         answers = [""] * len(prompts)
         # answers and prompts of like length share a batch
         order = np.lexsort(([len(ids) for ids in prompts], [round(n, -2) for n in max_new_tokens]))
-        for batch in np.split(order, range(128, len(order), 128)):
+        for batch in (order[i : i + 128] for i in range(0, len(order), 128)):
             limits = [max_new_tokens[i] for i in batch]
             # too long ones lose what was said first
             fitting = [prompts[i][:1] + prompts[i][1:][1 - limit + n :] for i, n in zip(batch, limits, strict=True)]
@@ -454,9 +463,10 @@ class InstructionTuning:
         (path / "instruct.json").write_text(json.dumps({"template": self.template, **self.about}) + "\n")
 
 
+@runtime_errors(InstructionTuning.memory_hint)
 def main(lora_cfg, cfg):
     cfg, device = set_up(cfg)
-    cfg = resolve_out_dir(cfg, f"out/lora-{Path(lora_cfg.data).stem}")
+    cfg = resolve_out_dir(replace(cfg, out_dir=cfg.out_dir or f"out/lora-{Path(lora_cfg.data).stem}"))
     model, base, state = start_model(lora_cfg, cfg, device)
     tokenizer = Tokenizer.load(base)
     template = TEMPLATES.get(lora_cfg.template) or template_of(base, tokenizer) or TEMPLATES["alpaca"]
@@ -464,7 +474,7 @@ def main(lora_cfg, cfg):
     about = {"base_fingerprint": weights_fingerprint(base)} if lora_cfg.rank else {}
     records = open_records(lora_cfg, cfg.seed)
     task = InstructionTuning(lora_cfg, cfg, model, tokenizer, template, records, state["base_model"], about)
-    task.cfg = cfg = fill_in(task)
+    task.cfg = cfg = fill_in(task, state["settings"])
     plain_text = open_plain_text(lora_cfg, cfg, model, tokenizer)
     trainer = Trainer(cfg, task, state, device)
     print_plan(task)
@@ -474,7 +484,7 @@ def main(lora_cfg, cfg):
     best = intact_dir(Path(cfg.out_dir) / "best")
     load_checkpoint(model, best)
     after = measure(trainer, plain_text)
-    if rank() == 0:
+    if get_rank() == 0:
         report(task, trainer.state.before, after)
         if lora_cfg.merge:
             save_merged(task, base, best)
@@ -514,8 +524,9 @@ def start_model(lora_cfg, cfg, device):
     return model, base, state
 
 
-def fill_in(task):
-    """The settings that the number of records and the size of the model decide, where they were left open."""
+def fill_in(task, before):
+    """The settings that the number of records and the size of the model decide, where they were left open now and
+    `before`, in the run that is resumed."""
     lora_cfg, cfg = task.lora_cfg, task.cfg
     per_epoch = len(task.train_rows) / task.rows_per_batch / cfg.gradient_accumulation_steps
     max_iters = max(1, round(per_epoch * (lora_cfg.epochs or max(3, 100 / per_epoch))))
@@ -524,8 +535,9 @@ def fill_in(task):
         "learning_rate": (1.0 if lora_cfg.rank else 0.1) / task.model.config.hidden_size,
         "eval_interval": math.ceil(per_epoch),
     }
+    filled_in = {key: before.get(key) or value for key, value in open_settings.items() if getattr(cfg, key) is None}
     with user_errors("at the default rate"):
-        return replace(cfg, **{key: value for key, value in open_settings.items() if getattr(cfg, key) is None})
+        return replace(cfg, **filled_in)
 
 
 def open_plain_text(lora_cfg, cfg, model, tokenizer):
@@ -543,7 +555,7 @@ def print_plan(task):
     """What will be trained, for how long and how fast."""
     cfg, (trainable, total) = task.cfg, count_parameters(task.model)
     per_update = cfg.gradient_accumulation_steps * task.rows_per_batch / len(task.train_rows)  # share of an epoch
-    tokens = sum(len(ids) - 1 for ids, _ in task.train_set) * per_update
+    tokens = sum(lengths_of(task.train_set)) * per_update
     padding = 1 - tokens / cfg.gradient_accumulation_steps / task.rows_per_batch / task.row_length
     print(f"data: {len(task.train_set):,} records to learn, {len(task.val_set):,} held out, {task.dropped:,} dropped; "
           f"in {len(task.train_rows):,} rows of {task.row_length}, {padding:.1%} of them padding")  # fmt: skip
@@ -660,7 +672,8 @@ def load_adapter(model, path, dropout=None):
     add_lora(model, rank, about["lora_alpha"], dropout, targets, about["use_rslora"])
     ours = {key: model.get_parameter(name).data for key, name in adapter_names(model).items()}
     shapes = [{(name, tuple(w.shape)) for name, w in tensors.items()} for tensors in (weights, ours)]
-    for name, shape in sorted(shapes[0] ^ shapes[1]):
+    if odd := sorted(shapes[0] ^ shapes[1]):
+        name, shape = odd[0]
         raise ValueError(f"the adapter and the model do not fit: {name} {list(shape)} is in one of them only")
     for name, weight in weights.items():
         ours[name].copy_(weight)
@@ -676,7 +689,7 @@ def load_checkpoint(model, path):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict  # half a second
 
     weights, names = {}, adapter_names(model)
-    if rank() == 0:
+    if get_rank() == 0:
         weights = read_tensors(Path(path) / ("adapter_model.safetensors" if names else "model.safetensors"))
         weights = {names.get(key, key): weight for key, weight in weights.items()}
     how = {"broadcast_from_rank0": dist.is_initialized(), "strict": not names}  # an adapter is not all of the model

@@ -50,7 +50,7 @@ class PrepareConfig:
     streaming: bool = False  # read a Hub dataset as it comes, for one that is too large for the disk
     text_column: str = "text"  # where the text stands in .jsonl, .json, .parquet and Hub datasets
     separator: str = "<|endoftext|>"  # what stands between the documents of a .txt file; \n in it is a line's end
-    val_fraction: float = 0.01  # share held out where the dataset has no validation split (of one plain text: 0.1)
+    val_fraction: float | None = None  # share held out where there is no validation split; 0.01, of one plain text 0.1
     max_documents: int = 0  # stop after so many documents; 0: all of them (fables: 40,000)
     seed: int = 0  # which texts a bundled corpus generates
 
@@ -163,7 +163,7 @@ def encode_shard(path, documents, tokenizer, bits):
         texts = [text for split, text in documents if split == name]
         arrays[name] = tokenizer.encode_documents(texts).astype(tokenizer.dtype)
         arrays[f"{name}_bytes"] = sum(len(text.encode()) for text in texts)
-    arrays["bits"] = math.fsum(map(bits, texts)) if bits else 0.0
+    arrays["bits"] = math.fsum(bits(text) for split, text in documents if split == "val") if bits else 0.0
     new = path.with_suffix(".new")
     with open(new, "wb") as f:
         np.savez(f, **arrays)
@@ -536,19 +536,20 @@ def open_corpus(cfg):
 
 def hold_out(corpus, cfg):
     """Choose the share that is_held_out goes by: val_fraction, or, of few documents, what leaves some on both sides."""
-    if not cfg.val_fraction:
+    fraction = 0.01 if cfg.val_fraction is None else cfg.val_fraction
+    if not fraction:
         raise UserError("--val_fraction=0 holds out nothing, and the dataset has no validation split: raise it")
     lowest, highest = 1.0, 0.0
     for _, text in corpus.documents():
         lowest, highest = min(lowest, text_hash(text)), max(highest, text_hash(text))
-        if lowest < cfg.val_fraction <= highest:
+        if lowest < fraction <= highest:
             break
     if lowest == highest:  # one document
         corpus.splits, corpus.bits = split_text(text.encode(), cfg, cfg.dataset), None
         return
-    corpus.val_fraction = min(max(cfg.val_fraction, math.nextafter(lowest, 1)), highest)
-    if corpus.val_fraction != cfg.val_fraction:
-        print(f"few documents: --val_fraction={corpus.val_fraction:.3f} in place of {cfg.val_fraction} splits them")
+    corpus.val_fraction = min(max(fraction, math.nextafter(lowest, 1)), highest)
+    if corpus.val_fraction != fraction:
+        print(f"few documents: --val_fraction={corpus.val_fraction:.3f} in place of {fraction} splits them")
 
 
 def text_hash(text):
@@ -574,7 +575,7 @@ def split_text(text, cfg, path):
     cuts, size = [0], min(PIECE_BYTES, max(1, len(text) // 20))
     while cuts[-1] < len(text):
         cuts.append(end_of_piece(text, cuts[-1], size))
-    fraction = 0.1 if cfg.val_fraction == PrepareConfig.val_fraction else cfg.val_fraction
+    fraction = 0.1 if cfg.val_fraction is None else cfg.val_fraction
     first = len(cuts) - 1 - max(1, round(fraction * (len(cuts) - 1)))
     if first < 1:
         raise UserError(f"{path}: one text of {len(text)} bytes, too short to hold out {fraction} of it")
@@ -603,7 +604,7 @@ def open_files(path, cfg):
     files = source_files(path)
     if not files:
         raise UserError(f"{path}: no {', '.join(SUFFIXES)} file here")
-    if len(files) == 1 and files[0].suffix == ".txt" and cfg.val_fraction:
+    if len(files) == 1 and files[0].suffix == ".txt" and cfg.val_fraction != 0:
         text = map_file(files[0])
         if text and text.find(os.fsencode(cfg.separator)) < 0:
             return split_text(text, cfg, path)
@@ -678,9 +679,9 @@ def column(rows, name, source):
 
 def open_hub(name, cfg):
     splits = load_from_hub(name, "dataset", cfg.subset, cfg.streaming)
-    train = splits.get("train") or next(iter(splits.values()))
-    found = {"train": train, "val": splits.get("validation")}
-    return {k: partial(column, rows, cfg.text_column, name) for k, rows in found.items() if rows is not None}
+    train = "train" if "train" in splits else next(iter(splits))
+    found = {"train": train} | ({"val": "validation"} if "validation" in splits and train != "validation" else {})
+    return {k: partial(column, splits[split], cfg.text_column, name) for k, split in found.items()}
 
 
 def load_from_hub(name, flag, subset="", streaming=False):

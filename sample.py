@@ -332,7 +332,7 @@ def write_repository(folder, source, name, base, is_update):
     """Copy the files of a model or an adapter (never train_state.pt) and loss.png, and write the model card."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    run = source.parent if source.stem in ("best", "last", "merged") else source  # a foreign directory is no run's
+    run = source.parent if (source.parent / "summary.json").exists() else source  # a foreign directory is no run's
     files = [file for kind in ("*.json", "*.safetensors", "*.jinja") for file in source.glob(kind)]
     for file in [*files, *run.glob("loss.png")]:
         shutil.copy(file, folder)

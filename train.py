@@ -121,7 +121,8 @@ class PackedDataset:
     document that the row's end cuts off begins the next row anew, so that every token is predicted from its whole
     document at least once; one longer than a row goes on in the next.
 
-    To train on other rows, write another class with __len__ and batch(rows)."""
+    To train on other rows, write another class with batch(rows) and __len__: the rows of an epoch, which goes through
+    their numbers in an order of its own; not one for each token."""
 
     def __init__(self, path, meta, split, block_size, tokenizer):
         self.tokens = np.memmap(path / f"{split}.bin", dtype=meta["dtype"], mode="r")
@@ -211,14 +212,14 @@ def backward(forward, micro_batches, device, dtype):
         set_gradient_sync(forward, i == len(mine) - 1)
         with autocast(device, dtype):
             loss = forward(*to_device(batch, device), reduction="sum") / num_targets
-        (loss * world_size()).backward()  # the mean over processes is then the sum
+        (loss * get_world_size()).backward()  # the mean over processes is then the sum
         total += loss.detach()
     return all_reduce_sum(total, device)
 
 
 def optimizer_step(optimizers, loss, grad_clip):
     """Clip the gradients and step -> (loss, gradient norm). Where one is not finite, the weights stay as they were."""
-    trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    trained = [p for group in groups_of(optimizers) for p in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
     loss, grad_norm = torch.stack((loss, full_tensor(grad_norm))).tolist()  # waits for the device
     for optimizer in optimizers:
@@ -233,19 +234,21 @@ def optimizer_step(optimizers, loss, grad_clip):
 
 MAX_SKIPPED = 5  # updates in a row without a finite loss and gradient, then the run ends
 CLEAR_LINE = "\033[K"  # in a terminal, from the cursor on
-NEW_STATE = {"step": 0, "tokens": 0, "seconds": 0.0, "best_val_loss": math.inf, "evaluated": -1}  # the last: a step
+# evaluated: the step of the last evaluation
+NEW_STATE = {"step": 0, "tokens": 0, "seconds": 0.0, "best_val_loss": math.inf, "evaluated": -1}
 
 
 class Trainer:
     """One run of training: Trainer(cfg, task).fit(). It owns device, optimizers, state, log and saving. The task owns
     the model and its data (Pretraining below, InstructionTuning in lora.py); it provides
 
-        model, floor                the entropy floor of the validation loss in bits per byte, or None
+        model, cfg                  the settings, with max_iters where max_minutes is given
+        floor                       the entropy floor of the validation loss in bits per byte, or None
         memory_hint                 what to do where memory is too small
         micro_batches(step)         [(inputs, targets), ...] of an update, (B, T) int64; -100: nothing to predict here;
                                     or (inputs, targets, documents), as Gemma.forward() takes them
         validation_batches()        an iterable of such pairs
-        metrics(loss)               of a validation loss: {name: number} for the log, and a line to print
+        metrics(loss)               of a validation loss: {"val_loss": loss, ...} for the log, and a line to print
         sample()                    a text that the model writes, to look at
         save_model(path, weights)   write a directory that can be opened again
     """
@@ -277,11 +280,11 @@ class Trainer:
         """Train until max_iters. Where a signal asks for it, save, and end the process."""
         cfg, task, state = self.cfg, self.task, self.state
         start_out_dir(cfg)
-        self.peak_flops = peak_flops(self.device, self.dtype) * world_size()
+        self.peak_flops = peak_flops(self.device, self.dtype) * get_world_size()
         self.started = time.perf_counter() - state.seconds
         self.start_clock()
         first = state.step
-        with self.signals_noted(), runtime_errors(task.memory_hint), Log(cfg, state.step) as self.log:
+        with self.signals_noted(), Log(cfg, state.step) as self.log:
             self.model.train()
             micro_batches = task.micro_batches(state.step)
             while not self.stop_requested():
@@ -291,7 +294,7 @@ class Trainer:
                 if state.step >= cfg.max_iters:
                     break
                 lr = self.set_learning_rate()
-                torch.manual_seed(hash((cfg.seed, state.step, rank())))  # dropout is a function of seed, step and rank
+                torch.manual_seed(hash((cfg.seed, state.step, get_rank())))  # dropout is a function of these alone
                 loss = backward(self.forward, micro_batches, self.device, self.dtype)
                 state.tokens += sum(num_tokens(y) for _, y, *_ in micro_batches)
                 micro_batches = task.micro_batches(state.step + 1)  # while the device is at work
@@ -304,6 +307,7 @@ class Trainer:
                     self.start_clock()
                     gc.freeze()  # what is there by now stays: Python need not look through it for garbage again
             if self.stop_signal:
+                state.seconds = time.perf_counter() - self.started
                 self.save_checkpoints()
         if self.write_errors:
             raise Failure(f"{len(self.write_errors)} writes failed, the last of them: {self.write_errors[-1]}")
@@ -313,7 +317,7 @@ class Trainer:
 
     def updates_in(self, seconds):
         """How many updates fit: measured on some that move nothing, after one that compiles."""
-        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+        for group in groups_of(self.optimizers):
             group["lr"] = 0.0
         self.model.train()
         batches = self.task.micro_batches(0)
@@ -324,12 +328,12 @@ class Trainer:
             times.append(time.perf_counter())
         for optimizer in self.optimizers:
             optimizer.state.clear()
-        mean = all_reduce_sum(torch.tensor((times[-1] - times[1]) / 8), self.device).item() / world_size()
+        mean = all_reduce_sum(torch.tensor((times[-1] - times[1]) / 8), self.device).item() / get_world_size()
         return max(1, int(seconds / mean))
 
     def set_learning_rate(self):
         lr = learning_rate(self.state.step, self.cfg)
-        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+        for group in groups_of(self.optimizers):
             group["lr"] = lr * group.get("lr_scale", 1.0)
         return lr
 
@@ -341,7 +345,7 @@ class Trainer:
         """Evaluate, log, sample and save -> whether this was done, or cut off by a signal."""
         paused, state = time.perf_counter(), self.state
         loss = self.evaluate()
-        if self.stop_signal and world_size() == 1:
+        if self.stop_signal and get_world_size() == 1:
             return False
         is_best = loss < state.best_val_loss
         state.best_val_loss = loss if is_best else state.best_val_loss
@@ -369,6 +373,7 @@ class Trainer:
         state, gpu, out_dir = self.state, self.device.type == "cuda", Path(self.cfg.out_dir)
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+        hardware = torch.cuda.get_device_name(self.device) if gpu else platform.machine()
         summary = {
             "name": out_dir.name,
             "updates": state.step,
@@ -380,9 +385,8 @@ class Trainer:
             "settings": state.settings | asdict(self.cfg),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "commit": commit or None,
-            "hardware": f"{world_size()} x {torch.cuda.get_device_name(self.device) if gpu else platform.machine()}, "
-                        f"{torch.get_num_threads()} CPU threads",
-        }  # fmt: skip
+            "hardware": f"{get_world_size()} x {hardware}, {torch.get_num_threads()} CPU threads",
+        }
         write_atomically(out_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def log_update(self, loss, lr, grad_norm, T):
@@ -415,13 +419,13 @@ class Trainer:
             path = Path(self.cfg.out_dir) / name
             state = {**vars(self.state), "optimizer": optimizer} if name == "last" else None
             self.try_write(write_checkpoint, path, self.task.save_model, weights, state)
-            if rank() == 0 and name == "last" and not intact_dir(path).exists():
+            if get_rank() == 0 and name == "last" and not intact_dir(path).exists():
                 raise Failure(self.write_errors[-1])
 
     def try_write(self, write, *args):
         """Let rank 0 write something; what a full disk does not take is said, and does not end the run."""
         try:
-            if rank() == 0:
+            if get_rank() == 0:
                 write(*args)
         except OSError as e:
             self.write_errors.append(str(e))
@@ -452,7 +456,7 @@ class Trainer:
                 signal.signal(number, handler)
 
     def note_signal(self, number, _frame):
-        if self.stop_signal and number == signal.SIGINT and world_size() == 1:  # torchrun passes ours on once more
+        if self.stop_signal and number == signal.SIGINT and get_world_size() == 1:  # torchrun passes ours on once more
             raise KeyboardInterrupt
         self.stop_signal = self.stop_signal or number
         print(f"{signal.Signals(number).name}: saving, then stopping", flush=True)
@@ -466,7 +470,7 @@ class Trainer:
     def until_signal(self, batches):
         """The batches of an evaluation, until a signal comes. Several processes go on: all have to do the same."""
         for batch in batches:
-            if self.stop_signal and world_size() == 1:
+            if self.stop_signal and get_world_size() == 1:
                 return
             yield batch
 
@@ -554,17 +558,20 @@ def main(data_cfg, cfg, arch):
         return compare_runs([Path(name.strip()) for name in data_cfg.compare.split(",")])
     cfg, device = set_up(cfg)
     dataset = open_dataset(data_cfg.dataset)
-    cfg = resolve_out_dir(cfg, f"out/{dataset.path.name}")
+    cfg = replace(cfg, out_dir=cfg.out_dir or f"out/{dataset.path.name}")
+    if not data_cfg.eval_only:
+        cfg = resolve_out_dir(cfg)
     model, state = start_model(data_cfg, cfg, arch, dataset, device)
     task = Pretraining(data_cfg, cfg, model, dataset)
-    trainer = Trainer(cfg, task, state, device)
-    if data_cfg.eval_only:
-        print(task.metrics(trainer.evaluate())[1])
-    else:
-        task.print_plan(trainer.state)
-        trainer.fit()
-        out_dir = shlex.quote(f"--out_dir={cfg.out_dir}")
-        print(f'done. Read what it writes: python sample.py {out_dir} --start="Once"')
+    with runtime_errors(task.memory_hint):
+        trainer = Trainer(cfg, task, state, device)
+        if data_cfg.eval_only:
+            print(task.metrics(trainer.evaluate())[1])
+        else:
+            task.print_plan(trainer.state)
+            trainer.fit()
+            out_dir = shlex.quote(f"--out_dir={cfg.out_dir}")
+            print(f'done. Read what it writes: python sample.py {out_dir} --start="Once"')
     shutdown_distributed()
 
 
@@ -672,12 +679,16 @@ OPTIMIZERS = {"muon": muon, "adamw": adamw}
 def make_optimizers(model, cfg):
     """The optimizers that cfg names. Every trainable parameter is in exactly one group."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices = [p for name, p in trainable.items() if p.ndim == 2 and "embed_tokens" not in name]
-    others = [p for name, p in trainable.items() if p.ndim != 2 or "embed_tokens" in name]
-    optimizers = OPTIMIZERS[cfg.optimizer](matrices, others, cfg)
-    grouped = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    matrices = {name: p for name, p in trainable.items() if p.ndim == 2 and "embed_tokens" not in name}
+    others = [p for name, p in trainable.items() if name not in matrices]
+    optimizers = OPTIMIZERS[cfg.optimizer](list(matrices.values()), others, cfg)
+    grouped = [id(p) for group in groups_of(optimizers) for p in group["params"]]
     assert sorted(grouped) == sorted(map(id, trainable.values())), "a parameter is in no group, or in two"
     return optimizers
+
+
+def groups_of(optimizers):
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
 def optimizer_state(optimizers, model):
@@ -707,9 +718,9 @@ def evaluate(model, batches, device, dtype):
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)  # of losses, of targets
     with torch.no_grad(), autocast(device, dtype):
-        while group := list(itertools.islice(batches, world_size())):
-            batch = group[min(rank(), len(group) - 1)]
-            if rank() >= len(group):  # nothing left for this process, but all must come along
+        while group := list(itertools.islice(batches, get_world_size())):
+            batch = group[min(get_rank(), len(group) - 1)]
+            if get_rank() >= len(group):  # nothing left for this process, but all must come along
                 batch = without_targets(batch)
             loss = model(*to_device(batch, device), reduction="sum")
             sums += torch.tensor([loss.item(), (batch[1] != -100).sum()], dtype=torch.float64)
@@ -734,7 +745,7 @@ class Log:
     def __init__(self, cfg, step):
         out_dir = Path(cfg.out_dir)
         self.path = out_dir / "log.jsonl"
-        if rank():  # rank 0 alone writes
+        if get_rank():  # rank 0 alone writes
             return
         entries = [entry for entry in read_log(self.path) if entry["step"] <= step]
         write_atomically(self.path, "".join(json.dumps(entry) + "\n" for entry in entries))
@@ -949,7 +960,7 @@ def read_state(path, new, fixed, on_rank0=False):
               "optimizer": dict, "settings": dict}  # fmt: skip
     try:
         with warnings.catch_warnings(action="ignore"):  # of what is odd in it, one line is enough
-            where = "meta" if on_rank0 and rank() else "cpu"
+            where = "meta" if on_rank0 and get_rank() else "cpu"
             state = torch.load(path / "train_state.pt", map_location=where, weights_only=True)
         if odd := [key for key, kind in wanted.items() if not isinstance(state[key], kind)]:
             raise ValueError(f"{odd[0]} is {type(state[odd[0]]).__name__}")
@@ -962,22 +973,24 @@ def read_state(path, new, fixed, on_rank0=False):
         raise UserError(f"the run in {path} was trained on another dataset than what is there now; a new run can start "
                         f"from its weights, --init_from={path}")  # fmt: skip
     settings = {key: value for key, value in new["settings"].items() if value is not None}
-    before, free = state["settings"], {"init_from", "out_dir", "device", "max_records", "eval_only"}
+    before, free = state["settings"], {"init_from", "out_dir", "device", "eval_only"}
     if settings.get("max_minutes"):
         settings["max_iters"] = before["max_iters"]
     changed = [key for key in settings if key in before and key not in free and before[key] != settings[key]]
     for key in changed:
         if key in fixed:
             raise UserError(f"{key}={settings[key]}: the run in {path} has {before[key]}; resume with that")
+    if "epochs" in changed:
+        del before["max_iters"]  # which they decide
     if changed:
         now = ", ".join(f"{key} {before[key]} -> {settings[key]}" for key in changed)
         print(f"resuming with other settings than before: {now}")
     return {**state, "settings": before | settings}
 
 
-def resolve_out_dir(cfg, default):
-    """The settings with out_dir named. What lies there must be a run of ours, which will move aside, or nothing."""
-    cfg = replace(cfg, out_dir=cfg.out_dir or default)
+def resolve_out_dir(cfg):
+    """The settings, to resume where torchrun started us again. What lies in out_dir must be a run of ours, which will
+    move aside, or nothing."""
     with user_errors(f"--out_dir={cfg.out_dir!r}"):
         out_dir = Path(cfg.out_dir)
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # after a crash, by --max-restarts
@@ -998,7 +1011,7 @@ def resolve_out_dir(cfg, default):
 def start_out_dir(cfg):
     """Make out_dir; a run that is already there is moved aside, unless we resume it."""
     out_dir = Path(cfg.out_dir)
-    if rank() == 0:
+    if get_rank() == 0:
         if cfg.init_from != "resume" and out_dir.exists() and any(out_dir.iterdir()):
             aside = out_dir.with_name(f"{out_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}")
             os.replace(out_dir, aside)
@@ -1099,7 +1112,7 @@ def set_up(cfg):
         device = pick_device(cfg.device)
     dtype = str(pick_dtype(cfg.dtype, device)).removeprefix("torch.")
     cfg = replace(cfg, compile=cfg.compile and can_compile(device))
-    processes = f" in {world_size()} processes" if world_size() > 1 else ""
+    processes = f" in {get_world_size()} processes" if get_world_size() > 1 else ""
     print(f"device: {device}{processes}, {dtype}, {'compiled' if cfg.compile else 'not compiled'}")
     torch.set_float32_matmul_precision("high")
     if device.type == "cpu":  # else compiled code adds up the embedding's gradient in whatever order threads finish
@@ -1124,11 +1137,11 @@ def runtime_errors(memory_hint):
 # ---- processes: torchrun starts several of this script, each with a device of its own --------------------------------
 
 
-def rank():
+def get_rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world_size():
+def get_world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -1144,7 +1157,7 @@ def init_distributed(device_name):
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
     patience = timedelta(minutes=10)  # with one that hangs
     dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=number, world_size=count, timeout=patience)
-    if rank():
+    if get_rank():
         sys.stdout = open(os.devnull, "w")
     return device
 
@@ -1169,10 +1182,10 @@ def all_reduce_sum(tensor, device):
 
 def local_micro_batches(micro_batches):
     """This process's part of an update: whole micro-batches where they share out evenly, else some rows of each."""
-    if len(micro_batches) % world_size() == 0:
-        return micro_batches[rank() :: world_size()]
+    if len(micro_batches) % get_world_size() == 0:
+        return micro_batches[get_rank() :: get_world_size()]
     # without a row of its own a process comes along with one that has no targets
-    mine = [[t[rank() :: world_size()] for t in batch] for batch in micro_batches]
+    mine = [[t[get_rank() :: get_world_size()] for t in batch] for batch in micro_batches]
     return [rows if len(rows[0]) else without_targets([t[:1] for t in batch])
             for rows, batch in zip(mine, micro_batches, strict=True)]  # fmt: skip
 
@@ -1206,7 +1219,7 @@ def set_gradient_sync(forward, wanted):
 
 def loading_device(cfg, device):
     """Where a model is made: on `device`; with FSDP in rank 0's main memory, from which apply_fsdp deals it out."""
-    return device if not cfg.fsdp else torch.device("meta" if rank() else "cpu")
+    return device if not cfg.fsdp else torch.device("meta" if get_rank() else "cpu")
 
 
 def apply_fsdp(model, device):
@@ -1247,11 +1260,11 @@ def shard_like(tensor, like):
 
 def share_work(function, stack):
     """function(stack), of a stack of things that all processes have: each works on a part of them."""
-    if world_size() == 1:
+    if get_world_size() == 1:
         return function(stack)
-    count = math.ceil(len(stack) / world_size())
-    parts = F.pad(stack, (0, 0) * (stack.ndim - 1) + (0, count * world_size() - len(stack)))
-    mine = function(parts[rank() * count :][:count]).contiguous()
+    count = math.ceil(len(stack) / get_world_size())
+    parts = F.pad(stack, (0, 0) * (stack.ndim - 1) + (0, count * get_world_size() - len(stack)))
+    mine = function(parts[get_rank() * count :][:count]).contiguous()
     done = mine.new_empty(len(parts), *mine.shape[1:])
     dist.all_gather_into_tensor(done, mine)
     return done[: len(stack)]
@@ -1269,7 +1282,7 @@ def full_state_dict(tree):
 
 def full_tensor_on_rank0(tensor):
     whole = full_tensor(tensor)
-    return whole if whole is tensor else whole.cpu() if rank() == 0 else None
+    return whole if whole is tensor else whole.cpu() if get_rank() == 0 else None
 
 
 if __name__ == "__main__":

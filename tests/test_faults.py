@@ -148,6 +148,8 @@ def test_a_signal_saves_and_says_how_to_go_on(project, whole, number):
     assert last_line.startswith("stopped after update") and "and --init_from=resume" in last_line
     run_script(project, *FLAGS, f"--out_dir={out}", "--init_from=resume")
     assert losses(project / out) == losses(whole)
+    seconds = [entry["seconds"] for entry in read_log(project / out / "log.jsonl")]
+    assert seconds == sorted(seconds)
 
 
 def test_a_second_ctrl_c_quits_at_once(project):

@@ -560,12 +560,12 @@ def test_answers_come_in_order_whatever_their_lengths():
 @pytest.mark.parametrize("count, updates", [(50, 100), (200, 150), (1100, 300), (12_000, 300)])
 def test_defaults_suit_any_number_of_records(count, updates):
     task = tuning([("Say hi.", "", "hello")] * count, max_tokens_per_batch=10**6)
-    loop = fill_in(task)
+    loop = fill_in(task, {})
     assert loop.max_iters == pytest.approx(updates, rel=0.1) and loop.learning_rate == 1 / 32
     assert loop.eval_interval == pytest.approx(count / max(4, count / 100), rel=0.1)
     assert warmup_updates(loop) == loop.max_iters / 20
     task.cfg = TuneConfig(learning_rate=1.0, max_iters=7)
-    assert (fill_in(task).max_iters, fill_in(task).learning_rate) == (7, 1.0)
+    assert (fill_in(task, {}).max_iters, fill_in(task, {}).learning_rate) == (7, 1.0)
 
 
 def test_help_shows_inherited_settings_with_their_comments():
@@ -642,7 +642,7 @@ def test_the_best_checkpoint_is_reported_and_merged(project, rank):
 def test_an_adapter_is_not_resumed_on_a_base_trained_again(project):
     base = project / "out" / "other"
     shutil.copytree(project / "out/fables/best", base)
-    how = ["--init_from=out/other", "--epochs=1", "--forgetting="]
+    how = ["--init_from=out/other", "--epochs=1", "--forgetting=", "--num_samples=0"]
     tune(project, "moved", *how)
     model = Gemma.from_pretrained(base)
     model.model.norm.weight.data += 0.1
@@ -698,6 +698,22 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(project, rank):
     # the report compares with the model before any tuning, not before the resumption
     reports = [(run / "samples.txt").read_text().split("--- before and after")[1] for run in (killed, whole)]
     assert reports[0] == reports[1]
+
+
+def test_a_resumed_run_keeps_the_settings_that_are_not_given_again(project):
+    run, _ = tune(project, "kept", "--max_iters=3", "--eval_interval=2")
+    tune(project, "kept", "--init_from=resume")
+    assert [e["step"] for e in read_log(run / "log.jsonl") if e["event"] == "eval"] == [0, 2, 3]
+    _, printed = tune(project, "kept", "--init_from=resume", "--epochs=0.5")
+    assert "epochs 4.0 -> 0.5" in printed and "0.5 epochs" in printed
+
+
+@pytest.mark.parametrize("word", "abcdefgh")
+def test_of_two_records_one_is_held_out(tmp_path, word):
+    records = [{"prompt": f"Say {word} {i}.", "completion": f"{word} {i}"} for i in range(2)]
+    (tmp_path / "two.json").write_text(json.dumps(records))
+    train_records, val_records = open_records(LoraConfig(data=str(tmp_path / "two.json")), seed=0)
+    assert len(train_records) == len(val_records) == 1
 
 
 @pytest.mark.parametrize(

@@ -331,6 +331,12 @@ def test_any_plain_text_can_be_split(here, text):
     assert whole_text(*prepared(dataset="c.txt", val_fraction=0.25))[2] == text
 
 
+@pytest.mark.parametrize("asked, held_out", [(None, 3), (0.01, 1)])
+def test_what_is_held_out_of_one_text_can_be_asked_for(here, asked, held_out):
+    (here / "c.txt").write_text("line\n" * 100_000)  # 31 pieces
+    assert len(documents_of(*prepared(dataset="c.txt", val_fraction=asked), "val")) == held_out
+
+
 def test_one_record_is_one_text(here):
     write_corpus(here / "c.jsonl", [" ".join(STORIES)])
     train, val, text = whole_text(*prepared(dataset="c.jsonl"))
@@ -626,6 +632,15 @@ def test_streaming_gives_the_same_documents(here):
         splits = prepare.open_hub("shards", prepare.PrepareConfig(streaming=streaming))
         both.append({split: list(texts()) for split, texts in splits.items()})
     assert both[0] == both[1] and len(both[0]["train"]) == 8
+
+
+@pytest.mark.parametrize("names", [["validation"], ["test", "validation"]])
+def test_a_hub_dataset_without_a_train_split(monkeypatch, names):
+    monkeypatch.setattr(prepare, "load_from_hub", lambda *_: {name: [{"text": name}] for name in names})
+    splits = prepare.open_hub("x", prepare.PrepareConfig())
+    assert {split: list(texts()) for split, texts in splits.items()} == dict(
+        zip(["train", "val"], [[name] for name in names], strict=False)
+    )
 
 
 @pytest.mark.slow

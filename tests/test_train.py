@@ -378,8 +378,8 @@ def test_eval_only_and_init_from_a_directory(project):
     run, _ = pretrain(project, "first", "--max_iters=6", "--dtype=float32")
     best = min(e["val_loss"] for e in read_log(run / "log.jsonl") if e["event"] == "eval")
     flags = ["--dataset=fables", f"--init_from={run}/best", *TINY, "--dtype=float32"]
-    printed = run_script(project, "train.py", *flags, "--eval_only=True").stdout
-    assert f"val loss {best:.4f}" in printed
+    printed = run_script(project, "train.py", *flags, "--eval_only=True", f"--out_dir={run}").stdout  # moves nothing
+    assert f"val loss {best:.4f}" in printed and (run / "log.jsonl").exists()
     second, _ = pretrain(project, "second", f"--init_from={run}/best", "--max_iters=1", "--dtype=float32")
     first_eval = next(e for e in read_log(second / "log.jsonl") if e["event"] == "eval")
     assert first_eval["val_loss"] == pytest.approx(best, abs=1e-6)
