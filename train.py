@@ -13,6 +13,7 @@ Writes out/<run>/: last/ and best/ (model directories that transformers opens), 
 import contextlib
 import functools
 import gc
+import io
 import itertools
 import json
 import math
@@ -793,10 +794,15 @@ def read_log(path):
             and isinstance(e.get(loss[e["event"]], ""), float | None)]  # fmt: skip
 
 
-def write_atomically(path, text):
+def write_atomically(path, content):
+    """Write text or bytes to a file that has either all of it or what it had before."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def draw_loss(path, out_dirs, floor=None):
@@ -826,8 +832,9 @@ def draw_loss(path, out_dirs, floor=None):
         ax.set_ylim(0.9 * (floor or lowest), 3 * lowest)
         ax.grid(alpha=0.3)
         ax.legend()
-    fig.savefig(f"{path}.part", format="png", dpi=100)
-    os.replace(f"{path}.part", path)
+    picture = io.BytesIO()
+    fig.savefig(picture, format="png", dpi=100)
+    write_atomically(path, picture.getvalue())
 
 
 def compare_runs(out_dirs):

@@ -274,7 +274,7 @@ VARIANTS = {  # name: (flags, a patch)
     "cooldown 1.0": (["--cooldown_frac=1"], None),
     "warmup 20": (["--warmup_iters=20"], None),
     "beta2 0.99": (["--beta2=0.99"], None),
-    "momentum schedule": ([], momentum_schedule),
+    "momentum schedule": (["--momentum=0.95"], momentum_schedule),
     "rows normalized": ([], row_normalized),
     "polar express": ([], polar_express),
     "embedding and norms x 0.3": ([], adamw_with(0.3)),
