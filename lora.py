@@ -15,6 +15,7 @@ loop of one's own:
 """
 
 import functools
+import hashlib
 import heapq
 import importlib
 import itertools
@@ -43,6 +44,7 @@ from train import (
     epoch_shuffled_indices,
     evaluate,
     get_rank,
+    get_world_size,
     loading_device,
     open_dataset,
     open_model,
@@ -306,7 +308,7 @@ def open_records(cfg, seed):
         return list(corpus.records(seed, cfg.max_records or 12_000)), list(held_out)
     if Path(cfg.data).exists():
         records = read_rows(Path(cfg.data))
-    elif Path(cfg.data).suffix in (".json", ".jsonl", ".parquet"):
+    elif Path(cfg.data).suffix.lower() in (".json", ".jsonl", ".parquet"):
         raise UserError(f"--data={cfg.data}: no such file")
     else:
         splits = load_from_hub(HUB_RECORDS.get(cfg.data, cfg.data), "data")
@@ -467,12 +469,12 @@ class InstructionTuning:
 def main(lora_cfg, cfg):
     cfg, device = set_up(cfg)
     cfg = resolve_out_dir(replace(cfg, out_dir=cfg.out_dir or f"out/lora-{Path(lora_cfg.data).stem}"))
-    model, base, state = start_model(lora_cfg, cfg, device)
+    records = open_records(lora_cfg, cfg.seed)
+    model, base, state = start_model(lora_cfg, cfg, records[0], device)
     tokenizer = Tokenizer.load(base)
     template = TEMPLATES.get(lora_cfg.template) or template_of(base, tokenizer) or TEMPLATES["alpaca"]
     tokenizer.config["chat_template"] = template
     about = {"base_fingerprint": weights_fingerprint(base)} if lora_cfg.rank else {}
-    records = open_records(lora_cfg, cfg.seed)
     task = InstructionTuning(lora_cfg, cfg, model, tokenizer, template, records, state["base_model"], about)
     task.cfg = cfg = fill_in(task, state["settings"])
     plain_text = open_plain_text(lora_cfg, cfg, model, tokenizer)
@@ -489,14 +491,15 @@ def main(lora_cfg, cfg):
         if lora_cfg.merge:
             save_merged(task, base, best)
         model_or_adapter = shlex.quote(f"--{'adapter' if lora_cfg.rank else 'model'}={best}")
-        asked = shlex.quote(f"--instruct={task.val_records[0][-2]['content'].splitlines()[0][:200]}")
+        asked = shlex.quote(f"--instruct={task.val_records[0][-2]['content'][:200].partition(chr(10))[0]}")
         print(f"next: python sample.py {model_or_adapter} {asked}")
     shutdown_distributed()
 
 
-def start_model(lora_cfg, cfg, device):
+def start_model(lora_cfg, cfg, conversations, device):
     """The model to tune, adapters put in; the directory of the model under them; and the state to train it from."""
-    last, state = intact_dir(Path(cfg.out_dir) / "last"), {"settings": asdict(lora_cfg) | asdict(cfg)}
+    last, digest = intact_dir(Path(cfg.out_dir) / "last"), hashlib.blake2b(json.dumps(conversations).encode())
+    state = {"dataset": digest.hexdigest(), "settings": asdict(lora_cfg) | asdict(cfg)}
     if cfg.init_from in ("", "scratch"):
         raise UserError("LoRA tunes a trained model: name its directory, as --init_from=out/fables/best")
     if cfg.init_from == "resume":
@@ -562,6 +565,8 @@ def print_plan(task):
     print(f"training {trainable:,} of {total:,} parameters: {cfg.max_iters:,} updates of {tokens:,.0f} tokens, "
           f"{cfg.max_iters * per_update:.1f} epochs; learning rate {cfg.learning_rate:.2g}, "
           f"{warmup_updates(cfg):,.0f} updates of warmup")  # fmt: skip
+    if (rows := task.rows_per_batch * cfg.gradient_accumulation_steps) < get_world_size():
+        print(f"warning: an update has {rows} rows, fewer than processes: the others have nothing to do")
 
 
 def measure(trainer, plain_text):
@@ -599,7 +604,8 @@ def report(task, before, after):
     trainable, total = count_parameters(task.model)
     lines.append(f"trained: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     for name, value in before[0].items():
-        lines.append(f"{name}: {value:.4f} before, {after[0][name]:.4f} after")
+        if name in after[0]:  # a resumed run may measure other things
+            lines.append(f"{name}: {value:.4f} before, {after[0][name]:.4f} after")
     text = "\n".join(lines)
     print("\n" + text)
     with open(Path(task.cfg.out_dir) / "samples.txt", "a", encoding="utf-8") as f:
@@ -744,13 +750,12 @@ def template_of(path, tokenizer):
     file = Path(path) / "generation_config.json"
     with user_errors(f"{file} is damaged"):
         stops = read_json(file).get("eos_token_id") if file.exists() else None
-    if not isinstance(stops, list):
-        return None
     template = tokenizer.config.get("chat_template")
     template = template if isinstance(template, str) else TEMPLATES["gemma"]
     end = end_of_response(tokenizer, template)
-    # a published model that has learned to take turns stops at the end of one too
-    return template if end in stops and end != tokenizer.eot else None
+    # a published model that has learned to take turns stops at the end of one, too or alone
+    takes_turns = end != tokenizer.eot or tokenizer.eot_token == "<end_of_turn>"
+    return template if takes_turns and end in (stops if isinstance(stops, list) else [stops]) else None
 
 
 def check_base(adapter, base):

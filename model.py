@@ -218,7 +218,7 @@ class Gemma(nn.Module):
         mask = {SLIDING: documents, FULL: documents}  # None: causal, within the window
         if cache is not None and T == 1:
             mask = cache.valid_slots()
-        elif documents is None and T > config.sliding_window and not self.dropout.p and self.takes_flex_attention():
+        elif documents is None and T > config.sliding_window and self.takes_flex_attention(cache):
             mask[SLIDING] = sliding_window_mask(T, config.sliding_window, tokens.device)
 
         # the scale is rounded to the weights' dtype, as in the published models (25.25 for 270M in bfloat16)
@@ -252,9 +252,9 @@ class Gemma(nn.Module):
         self.loss = torch.compile(self.loss, dynamic=False)
         self.layers_compiled = True
 
-    def takes_flex_attention(self):
+    def takes_flex_attention(self, cache):
         compiled = self.layers_compiled or torch.compiler.is_compiling()  # else it would hold all the scores at once
-        return compiled and use_flex_attention(self.device)
+        return compiled and cache is None and not self.dropout.p and use_flex_attention(self.device)
 
     @torch.no_grad()
     def init_weights(self, seed, device=None):
@@ -284,12 +284,14 @@ class Gemma(nn.Module):
         total = sum(p.numel() for p in self.parameters())
         return NumParams(total, embedding, total - embedding)
 
-    def flops_per_token(self, T):
+    def flops_per_token(self, T, head=1.0):
         """Training FLOPs (forward and backward) per token at sequence length T: 6 per weight in a matrix product, 4 if
         it is frozen, and 12 * H * D per token attended to, counting the full length or window as PaLM (appendix B) and
-        nanoGPT do."""
+        nanoGPT do. head: the share of tokens that go through the head."""
         c = self.config  # the embedding counts as the head
         matrices = sum((6 if p.requires_grad else 4) * p.numel() for p in self.parameters() if p.ndim > 1)
+        weight = self.model.embed_tokens.weight
+        matrices -= (1 - head) * (6 if weight.requires_grad else 4) * weight.numel()
         attended = sum(min(T, c.sliding_window) if kind == SLIDING else T for kind in c.layer_types)
         return matrices + 12 * c.num_attention_heads * c.head_dim * attended
 

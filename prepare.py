@@ -294,7 +294,9 @@ class Tokenizer:
 
     def __init__(self, spec, config=None):
         """spec: the dict of a tokenizer.json. config: of the tokenizer_config.json that came with it, if one did."""
-        self.spec, self.config = spec, config or {}
+        # lengths to cut and to fill up to are of the fine-tuning that left them there
+        self.spec = spec = spec | {"truncation": None, "padding": None}
+        self.config = config or {}
         special = {t["content"]: t["id"] for t in spec["added_tokens"] if t["special"]}
         named = self.config.get("eos_token")
         usual = [named["content"] if isinstance(named, dict) else named]
@@ -377,7 +379,7 @@ class Tokenizer:
 
 def byte_level_bpe(spec, special):
     """The tiktoken encoding equal to a tokenizer.json, or None where it is no plain byte-level BPE."""
-    model, split = spec["model"], spec.get("pre_tokenizer") or {}
+    model, split = {"type": "BPE"} | spec["model"], spec.get("pre_tokenizer") or {}
     steps = split.get("pretokenizers", [split])
     *before, last = steps
     if model["type"] != "BPE" or spec.get("normalizer") or last.get("type") != "ByteLevel" or last["add_prefix_space"]:
@@ -546,6 +548,7 @@ def hold_out(corpus, cfg):
             break
     if lowest == highest:  # one document
         corpus.splits, corpus.bits = split_text(text.encode(), cfg, cfg.dataset), None
+        corpus.max_documents = None  # its pieces are no documents
         return
     corpus.val_fraction = min(max(fraction, math.nextafter(lowest, 1)), highest)
     if corpus.val_fraction != fraction:
@@ -604,15 +607,24 @@ def open_files(path, cfg):
     files = source_files(path)
     if not files:
         raise UserError(f"{path}: no {', '.join(SUFFIXES)} file here")
-    if len(files) == 1 and files[0].suffix == ".txt" and cfg.val_fraction != 0:
+    if len(files) == 1 and files[0].suffix.lower() == ".txt" and cfg.val_fraction != 0:
         text = map_file(files[0])
-        if text and text.find(os.fsencode(cfg.separator)) < 0:
+        if text and text.find(find_separator(text, os.fsencode(cfg.separator))) < 0:
             return split_text(text, cfg, path)
-    held_out = [f for f in files if re.search(r"(^|[-_. ])(val|valid|validation)([-_. ]|$)", f.stem)]
+    held_out = [f for f in files if names_split("val|valid|validation|dev", f, path)]
+    if held_out and (tests := [f for f in files if names_split("test", f, path)]):
+        print(f"{path}: left out, as tests: {', '.join(f.name for f in tests)}")
+        files = [f for f in files if f not in tests]
     if not held_out or len(held_out) == len(files):
         return {"train": partial(read_files, files, cfg)}
     rest = [f for f in files if f not in held_out]
     return {"train": partial(read_files, rest, cfg), "val": partial(read_files, held_out, cfg)}
+
+
+def names_split(words, file, folder):
+    """Whether a file of a corpus, or a folder that it is in, is called one of these words, as in tiny-valid.txt."""
+    name = str(file.relative_to(folder).with_suffix("")) if folder.is_dir() else ""
+    return re.search(rf"(^|[-_. /\\])({words})([-_. /\\]|$)", name)
 
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
@@ -621,12 +633,12 @@ SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 def source_files(path):
     """The files of a local corpus; of a folder, those that are not hidden."""
     files = sorted(path / name for name in glob.glob("**", root_dir=path, recursive=True)) or [path]
-    return [f for f in files if f.suffix in SUFFIXES and os.path.isfile(f)]
+    return [f for f in files if f.suffix.lower() in SUFFIXES and os.path.isfile(f)]
 
 
 def read_files(files, cfg):
     for path in files:
-        if path.suffix == ".txt":
+        if path.suffix.lower() == ".txt":
             yield from read_txt(path, os.fsencode(cfg.separator))
         else:
             yield from column(read_rows(path), cfg.text_column, path)
@@ -635,12 +647,19 @@ def read_files(files, cfg):
 def read_txt(path, separator):
     """The documents of a text file, one at a time, so that its size does not matter."""
     text, start = map_file(path), 0
+    separator = find_separator(text, separator)
     while start < len(text):
         end = text.find(separator, start)
         end = len(text) if end < 0 else end
         if document := decode(text, start, end, path).strip():
             yield document
         start = end + len(separator)
+
+
+def find_separator(text, separator):
+    """The separator as this text spells it, which may end its lines as Windows does."""
+    crlf = separator.replace(b"\n", b"\r\n")
+    return crlf if text.find(separator) < 0 <= text.find(crlf) else separator
 
 
 def map_file(path):
@@ -657,23 +676,42 @@ def decode(text, start, end, path):
 
 
 def read_rows(path):
-    """The rows of a .json, .jsonl or .parquet file, one at a time."""
-    import datasets  # a second's work
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, its exceptions say again
-    kind = "parquet" if path.suffix == ".parquet" else "json"
+    """The rows of a .json, .jsonl or .parquet file, dicts, one at a time. Values are as they stand there: `datasets`
+    would give a column one type, and change texts beside a number."""
+    kind, count = path.suffix.lower().lstrip("."), 0
     with user_errors(f"{path}: not readable as {kind}, or empty"):
-        yield from datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
+        for count, row in enumerate(read_parquet(path) if kind == "parquet" else read_json_rows(path), 1):
+            if not isinstance(row, dict):
+                raise ValueError(f"row {count} is no object, but {type(row).__name__}")
+            yield row
+        if not count:
+            raise ValueError("no row in it")
+
+
+def read_parquet(path):
+    from pyarrow.parquet import ParquetFile  # slow to import
+
+    for batch in ParquetFile(path).iter_batches(1000):
+        yield from batch.to_pylist()
+
+
+def read_json_rows(path):
+    """Of a list, or of one object a line."""
+    with open(path, encoding="utf-8-sig") as f:
+        is_list = f.read(1000).lstrip().startswith("[")
+        f.seek(0)
+        yield from json.load(f) if is_list else map(json.loads, filter(str.strip, f))
 
 
 def column(rows, name, source):
     """The texts in a column of rows, as read_rows or the Hub gives them."""
     with user_errors(f"{source}: no further row can be read"):
-        for row in rows:
-            if not isinstance(row.get(name, 0), str | None):
+        for i, row in enumerate(rows):
+            if not isinstance(row.get(name), str | None) or (i == 0 and name not in row):
                 kinds = ", ".join(f"{key} ({type(value).__name__})" for key, value in row.items())
                 raise UserError(f"{source}: no text in a column {name!r}; choose --text_column from {kinds}")
-            if text := (row[name] or "").strip():
+            # JSON can name half a character
+            if text := (row.get(name) or "").encode(errors="replace").decode().strip():
                 yield text
 
 

@@ -25,7 +25,7 @@ from config import NO_LIMIT, UserError, check_range, run, user_errors
 from lora import HUB_RECORDS, check_base, encode_conversation, end_of_response, load_adapter, merge_lora, template_of
 from model import SLIDING, read_json
 from prepare import GPT2_PATTERN, ON_THE_HUB, Tokenizer, hub_directory, intact_dir
-from train import can_compile, open_model, pick_device, pick_dtype, read_log
+from train import can_compile, open_model, pick_device, pick_dtype, read_log, runtime_errors
 
 
 @dataclass
@@ -62,12 +62,15 @@ class SampleConfig:
             raise ValueError(f"gguf_type={self.gguf_type!r} must be f32, bf16, f16 or q8_0")
         if self.export_gguf and not (folder := Path(self.export_gguf).parent).is_dir():
             raise ValueError(f"export_gguf={self.export_gguf}: no folder {folder}")
+        if self.export_gguf and os.path.isdir(self.export_gguf):
+            raise ValueError(f"export_gguf={self.export_gguf} is a folder: name a file")
         if self.push_to_hub and not is_hub_id(self.push_to_hub):
             raise ValueError(f"push_to_hub={self.push_to_hub} must be USER/NAME, of no folder here")
         if self.compare and not (self.adapter and self.instruct):
             raise ValueError("compare needs an adapter and an instruct to answer")
 
 
+@runtime_errors("lower num_samples or max_new_tokens")
 def main(cfg):
     device = pick_device("cpu" if cfg.export_gguf else cfg.device)
     dtype = pick_dtype("float32" if cfg.export_gguf else cfg.dtype, device)
@@ -130,7 +133,7 @@ def read_start(text):
     if not text.startswith("FILE:"):
         return text
     with user_errors(f"--start={text}"):
-        return Path(text[5:]).read_text(encoding="utf-8")
+        return Path(text[5:]).read_text(encoding="utf-8-sig")
 
 
 class Writer:

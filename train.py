@@ -13,6 +13,7 @@ Writes out/<run>/: last/ and best/ (model directories that transformers opens), 
 import contextlib
 import functools
 import gc
+import importlib
 import io
 import itertools
 import json
@@ -303,7 +304,7 @@ class Trainer:
                 state.step += 1
                 self.check_finite(loss, grad_norm)
                 if state.step % cfg.log_interval == 0 or state.step == cfg.max_iters:
-                    self.log_update(loss, lr, grad_norm, micro_batches[0][0].shape[1])
+                    self.log_update(loss, lr, grad_norm, micro_batches[0])
                 if state.step == first + 1:  # which had to compile
                     self.start_clock()
                     gc.freeze()  # what is there by now stays: Python need not look through it for garbage again
@@ -369,6 +370,11 @@ class Trainer:
     def start_clock(self):
         self.last_line = SimpleNamespace(at=time.perf_counter(), step=self.state.step, tokens=self.state.tokens)
 
+    def settings(self):
+        """Those of this run; it began from what it began from before it was resumed."""
+        now = asdict(self.cfg)
+        return self.state.settings | {k: v for k, v in now.items() if (k, v) != ("init_from", "resume")}
+
     def write_summary(self, metrics):
         """summary.json: what the run was and where it stands, for programs."""
         state, gpu, out_dir = self.state, self.device.type == "cuda", Path(self.cfg.out_dir)
@@ -380,21 +386,23 @@ class Trainer:
             "updates": state.step,
             "tokens": state.tokens,
             "seconds": round(state.seconds, 1),
-            "metrics": metrics | {"best_val_loss": state.best_val_loss},
+            "metrics": finite(metrics | {"best_val_loss": state.best_val_loss}),
             "floor_bits_per_byte": self.task.floor,
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "settings": state.settings | asdict(self.cfg),
+            "settings": self.settings(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "commit": commit or None,
             "hardware": f"{get_world_size()} x {hardware}, {torch.get_num_threads()} CPU threads",
         }
         write_atomically(out_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
 
-    def log_update(self, loss, lr, grad_norm, T):
+    def log_update(self, loss, lr, grad_norm, batch):
         """A line, and an entry in log.jsonl: add what else you want to see."""
         state, last, now = self.state, self.last_line, time.perf_counter()
         rate = (state.tokens - last.tokens) / (now - last.at)
-        mfu = rate * self.model.flops_per_token(T) / self.peak_flops
+        _, y, *documents = batch
+        head = (y != -100).float().mean().item() if documents else 1.0  # as in Gemma.forward()
+        mfu = rate * self.model.flops_per_token(y.shape[1], head) / self.peak_flops
         left = (self.cfg.max_iters - state.step) * (now - last.at) / (state.step - last.step)
         entry = {"event": "step", "step": state.step, "tokens": state.tokens, "seconds": now - self.started,
                  "train_loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_sec": rate, "mfu": mfu}  # fmt: skip
@@ -415,7 +423,7 @@ class Trainer:
         disk being full does not end a run that has a "last" to resume from."""
         weights = full_state_dict(self.model.state_dict())
         optimizer = full_state_dict(optimizer_state(self.optimizers, self.model))
-        self.state.settings = self.state.settings | asdict(self.cfg)
+        self.state.settings = self.settings()
         for name in ["best"] * is_best + ["last"]:
             path = Path(self.cfg.out_dir) / name
             state = {**vars(self.state), "optimizer": optimizer} if name == "last" else None
@@ -757,7 +765,7 @@ class Log:
         if cfg.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(out_dir / "tensorboard")
+            self.board = SummaryWriter(out_dir / "tensorboard", purge_step=step + 1)
 
     def __enter__(self):
         return self
@@ -769,7 +777,7 @@ class Log:
             self.board.close()
 
     def write(self, entry):
-        entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}  # for JSON
+        entry = finite(entry)
         line = "\n" * self.torn + json.dumps(entry) + "\n"
         self.torn = True
         with open(self.path, "a") as f:
@@ -781,6 +789,11 @@ class Log:
         if self.board:
             for key, value in numbers.items():
                 self.board.add_scalar(f"{entry['event']}/{key}", value, entry["step"])
+
+
+def finite(entry):
+    """A dict with None in place of what JSON has no number for."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
 
 
 def read_log(path):
@@ -977,11 +990,14 @@ def read_state(path, new, fixed, on_rank0=False):
             f"start from its weights, --init_from={path}"
         ) from None
     if None not in (state.get("dataset"), new.get("dataset")) and state["dataset"] != new["dataset"]:
-        raise UserError(f"the run in {path} was trained on another dataset than what is there now; a new run can start "
-                        f"from its weights, --init_from={path}")  # fmt: skip
-    settings = {key: value for key, value in new["settings"].items() if value is not None}
-    before, free = state["settings"], {"init_from", "out_dir", "device", "eval_only"}
+        raise UserError(f"the run in {path} was trained on another dataset than what is there now: name that one, or "
+                        "start a new run")  # fmt: skip
+    settings = {key: value for key, value in new["settings"].items() if value is not None and key != "init_from"}
+    before, free = state["settings"], {"out_dir", "device", "eval_only"}
     if settings.get("max_minutes"):
+        if before.get("max_minutes") != settings["max_minutes"]:
+            raise UserError(f"--max_minutes={settings['max_minutes']:g}: the run in {path} is planned for "
+                            f"{before['max_iters']} updates; for more, name --max_iters")  # fmt: skip
         settings["max_iters"] = before["max_iters"]
     changed = [key for key in settings if key in before and key not in free and before[key] != settings[key]]
     for key in changed:
@@ -1001,18 +1017,23 @@ def resolve_out_dir(cfg):
     with user_errors(f"--out_dir={cfg.out_dir!r}"):
         out_dir = Path(cfg.out_dir)
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # after a crash, by --max-restarts
-        if restarted and intact_dir(out_dir / "last").exists():
+        if restarted and intact_dir(out_dir / "last").exists() and torchrun_job() == (out_dir / ".job").read_text():
             cfg = replace(cfg, init_from="resume")
         if cfg.init_from == "resume" or not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
             return cfg
         there = out_dir.resolve()
-        if not any((there / name).exists() for name in ("log.jsonl", "last", "best")):
+        if not any((there / name).exists() for name in ("log.jsonl", "last", "best", ".job")):
             raise UserError(f"--out_dir={cfg.out_dir}: this is no run of ours, but has something in it: name another")
         if out_dir.is_symlink() or os.path.ismount(there) or Path.cwd().is_relative_to(there):
             raise UserError(f"--out_dir={cfg.out_dir}: the run in it can't be moved aside from there: name another")
         if Path(cfg.init_from).resolve().is_relative_to(there):
             raise UserError(f"--out_dir={cfg.out_dir}: contains the model to start from: name another")
     return cfg
+
+
+def torchrun_job():
+    """What torchrun calls this job, restarts included; empty without it."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
 def start_out_dir(cfg):
@@ -1024,6 +1045,7 @@ def start_out_dir(cfg):
             os.replace(out_dir, aside)
             print(f"the run that was in {out_dir} is now in {aside}")
         out_dir.mkdir(parents=True, exist_ok=True)
+        (out_dir / ".job").write_text(torchrun_job())
     if dist.is_initialized():
         dist.barrier()
 
@@ -1118,6 +1140,9 @@ def set_up(cfg):
     else:
         device = pick_device(cfg.device)
     dtype = str(pick_dtype(cfg.dtype, device)).removeprefix("torch.")
+    for package in ("wandb", "tensorboard"):  # where one is missing, before anything is touched
+        if getattr(cfg, package):
+            importlib.import_module(package)
     cfg = replace(cfg, compile=cfg.compile and can_compile(device))
     processes = f" in {get_world_size()} processes" if get_world_size() > 1 else ""
     print(f"device: {device}{processes}, {dtype}, {'compiled' if cfg.compile else 'not compiled'}")
@@ -1156,6 +1181,8 @@ def init_distributed(device_name):
     """Meet the other processes that torchrun started -> the device of this one."""
     local = int(os.environ["LOCAL_RANK"])
     on_gpu = device_name.startswith("cuda") or (device_name == "auto" and torch.cuda.is_available())
+    if on_gpu and local >= torch.cuda.device_count():
+        raise Failure(f"{torch.cuda.device_count()} GPUs here, fewer than --nproc_per_node")
     device = pick_device(f"cuda:{local}" if on_gpu else device_name)
     if on_gpu:
         torch.cuda.set_device(device)
@@ -1220,8 +1247,6 @@ def set_gradient_sync(forward, wanted):
     """Whether the next backward shall make gradients the mean over all processes: only an update's last has to."""
     if isinstance(forward, DistributedDataParallel):
         forward.require_backward_grad_sync = wanted
-    elif dist.is_initialized():
-        forward.set_requires_gradient_sync(wanted)
 
 
 def loading_device(cfg, device):

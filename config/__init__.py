@@ -1,5 +1,5 @@
 """
-Settings in three layers, later wins: dataclass defaults < config/*.py files < --key=value flags.
+Settings in three layers: dataclass defaults, config/*.py files, --key=value flags. Of files and flags the later wins.
 
     python train.py config/train_fables.py --batch_size=32
     python train.py --help
@@ -64,12 +64,14 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 def run(main, *classes):
     """What each script's main guard calls: main(*settings), with the command line filled in, and errors in one line."""
     keep_freed_memory()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a sample may have what a Windows log file can't
     try:
         if {"-h", "--help"} & set(sys.argv[1:]):
             return print(usage(classes))
         main(*configure(classes, sys.argv[1:]))
     except UserError as e:
-        if os.environ.get("RANK", "0") == "0":  # of several processes each finds it
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of a machine's processes each finds it
             print(f"{sys.argv[0]}: {e}", file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as e:  # wandb, say: installed by those who use it

@@ -227,6 +227,56 @@ def test_a_folder_as_people_have_it(here):
     assert sorted(texts) == sorted(["one", "two", "three", "four"])
 
 
+def test_texts_are_read_as_they_are(here):
+    """`datasets` gave a column one type, and made a date of a text, or JSON source of texts beside a number."""
+    texts = ["2024-03-05", "a\nb", "\u2028 c", "1"]
+    for name, content in (
+        ("a[1].jsonl", "\n\n".join(json.dumps({"text": t}) for t in texts)),
+        ("b.json", " \n" + json.dumps([{"text": t} for t in texts] + [{"text": None}], indent=1)),
+    ):
+        (here / name).write_text(content)
+        assert list(prepare.read_files([here / name], prepare.PrepareConfig())) == [t.strip() for t in texts]
+    (here / "c.jsonl").write_text('{"text": "half \\ud83d a face"}')
+    assert list(prepare.read_files([here / "c.jsonl"], prepare.PrepareConfig())) == ["half ? a face"]
+
+
+def test_folders_named_after_their_split(here):
+    """Validation files in a folder of theirs, a test split that is left out, names in capitals."""
+    for name in ("train/A.TXT", "train/latest.txt", "val/c.txt", "test/d.txt"):
+        (here / "c" / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / "c" / name).write_text(name)
+    path, meta = prepared(dataset="c", name="mine")
+    assert documents_of(path, meta, "val") == ["val/c.txt"]
+    assert documents_of(path, meta, "train") == ["train/A.TXT", "train/latest.txt"]
+
+
+def test_a_separator_of_lines_in_a_file_from_windows(here):
+    (here / "c.txt").write_text("\r\n\r\n".join(STORIES), newline="")
+    path, meta = prepared(dataset="c.txt", separator="\\n\\n", val_fraction=0.2)
+    texts = documents_of(path, meta, "train") + documents_of(path, meta, "val")
+    assert sorted(texts) == sorted(STORIES)
+
+
+def test_one_document_is_cut_whatever_max_documents_says(here):
+    write_corpus(here / "c.jsonl", [" ".join(STORIES)])
+    assert whole_text(*prepared(dataset="c.jsonl", max_documents=1))[2] == " ".join(STORIES)
+
+
+def test_a_tokenizer_that_was_saved_with_truncation_cuts_nothing(gemma, tmp_path):
+    theirs = AutoTokenizer.from_pretrained(gemma)
+    theirs("a", truncation=True, max_length=8, padding="max_length")
+    theirs.save_pretrained(tmp_path)
+    assert '"max_length": 8' in (tmp_path / "tokenizer.json").read_text()
+    text = "Once upon a time there was a fox. " * 9
+    assert Tokenizer.load(tmp_path).encode(text).tolist() == Tokenizer.load(gemma).encode(text).tolist()
+
+
+def test_a_tokenizer_from_before_models_had_a_type():
+    tokenizer = trained()
+    old = Tokenizer(tokenizer.spec | {"model": {k: v for k, v in tokenizer.spec["model"].items() if k != "type"}})
+    assert old.bpe and old.encode(STORY).tolist() == tokenizer.encode(STORY).tolist()
+
+
 def test_held_out_documents_depend_on_their_text_alone():
     held_out = {s for s in STORIES if is_held_out(s, 0.1)}
     assert held_out == {s for s in reversed(STORIES) if is_held_out(s, 0.1)}
@@ -400,7 +450,7 @@ def test_the_hub_s_library_is_told_where_there_is_no_network(monkeypatch, capsys
         ("c.txt", b" \n<|endoftext|>\n ", {}, "no text in it"),
         ("c.txt", b" \n\n ", {}, "no text in it"),
         ("c.txt", b"a", {}, "too short to hold out 0.1 of it"),
-        ("c.jsonl", b"", {}, "not readable as json, or empty"),
+        ("c.jsonl", b"", {}, "not readable as jsonl, or empty"),
         ("c.jsonl", b'{"story": "x"}\n', {}, "no text in a column 'text'; choose --text_column from story (str)"),
         ("c.jsonl", b'{"text": 3}\n', {}, "text (int)"),
         ("c.json", b"[1, 2", {}, "not readable as json"),
