@@ -1017,7 +1017,9 @@ def resolve_out_dir(cfg):
     with user_errors(f"--out_dir={cfg.out_dir!r}"):
         out_dir = Path(cfg.out_dir)
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # after a crash, by --max-restarts
-        if restarted and intact_dir(out_dir / "last").exists() and torchrun_job() == (out_dir / ".job").read_text():
+        job = out_dir / ".job"
+        own = job.exists() and job.read_text() == torchrun_job()  # and not the run that was there before
+        if restarted and own and intact_dir(out_dir / "last").exists():
             cfg = replace(cfg, init_from="resume")
         if cfg.init_from == "resume" or not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
             return cfg
@@ -1045,7 +1047,8 @@ def start_out_dir(cfg):
             os.replace(out_dir, aside)
             print(f"the run that was in {out_dir} is now in {aside}")
         out_dir.mkdir(parents=True, exist_ok=True)
-        (out_dir / ".job").write_text(torchrun_job())
+        if torchrun_job():
+            (out_dir / ".job").write_text(torchrun_job())
     if dist.is_initialized():
         dist.barrier()
 

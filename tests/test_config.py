@@ -1,4 +1,7 @@
 import ast
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -140,3 +143,11 @@ def test_imports_form_a_line():
 
 def test_top_level_holds_the_five_scripts_only():
     assert {p.name for p in HOME.glob("*.py")} <= {"model.py", "prepare.py", "train.py", "lora.py", "sample.py"}
+
+
+def test_what_the_terminal_can_not_show_ends_no_run():
+    """Windows writes `> log.txt` in an encoding of few characters: a run once died at its first sample."""
+    code = "from config import run; run(lambda: print('a → b'))"
+    env = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=HOME, env=env, capture_output=True, text=True)
+    assert result.stdout.strip() == "a ? b"

@@ -40,6 +40,7 @@ from lora import (
     open_records,
     read_messages,
     save_adapter,
+    template_of,
 )
 from model import Gemma, GemmaConfig
 from prepare import Tokenizer, train_bpe
@@ -706,6 +707,28 @@ def test_a_resumed_run_keeps_the_settings_that_are_not_given_again(project):
     assert [e["step"] for e in read_log(run / "log.jsonl") if e["event"] == "eval"] == [0, 2, 3]
     _, printed = tune(project, "kept", "--init_from=resume", "--epochs=0.5")
     assert "epochs 4.0 -> 0.5" in printed and "0.5 epochs" in printed
+    tune(project, "kept", "--init_from=resume", "--epochs=0.5", "--forgetting=")  # measured before, and not after
+    with pytest.raises(UserError, match="another dataset"):
+        tune(project, "kept", "--init_from=resume", "--max_records=60")
+
+
+def test_an_instruction_may_be_empty(project):
+    """A run once ended in a traceback, where it names the next command."""
+    (project / "bare.json").write_text(json.dumps([{"instruction": "", "input": "x", "output": "y"}] * 12))
+    _, printed = tune(project, "bare", "--data=bare.json", "--max_iters=1")
+    assert "--instruct=" in printed.splitlines()[-1]
+
+
+@pytest.mark.parametrize("names", ["generation_config", "tokenizer_config"])
+def test_a_model_that_ends_at_the_end_of_a_turn_alone_takes_turns(tmp_path, names):
+    base = publish_gemma(tmp_path / "published", instructed=True)
+    end = json.loads((base / "generation_config.json").read_text())["eos_token_id"][1]
+    file, key, value = base / f"{names}.json", *{
+        "generation_config": ("eos_token_id", end), "tokenizer_config": ("eos_token", "<end_of_turn>")
+    }[names]  # fmt: skip
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    tokenizer = Tokenizer.load(base)
+    assert template_of(base, tokenizer) == tokenizer.config["chat_template"]
 
 
 @pytest.mark.parametrize("word", "abcdefgh")

@@ -183,6 +183,10 @@ def test_flops_per_token_equals_counted_flops():
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(x, x).backward()
     assert counter.get_total_flops() == pytest.approx(model.flops_per_token(64) * x.numel(), rel=1e-6)
+    records = torch.where(torch.arange(64) < 32, x, -100)  # a half of each row is a prompt
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(x, records, documents=torch.zeros_like(x)).backward()
+    assert counter.get_total_flops() == pytest.approx(model.flops_per_token(64, 0.5) * x.numel(), rel=1e-6)
 
 
 def test_loss_reductions():

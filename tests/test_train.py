@@ -434,6 +434,21 @@ def test_minutes_become_a_number_of_updates_that_repeats_and_resumes_the_run(pro
     assert (run / "best/model.safetensors").read_bytes() == (again / "best/model.safetensors").read_bytes()
     _, printed = pretrain(project, "minutes", "--max_minutes=0.02", "--init_from=resume")
     assert f"{count:,} updates" in printed and "max_iters" not in printed.replace(f"--max_iters={count}", "")
+    flags = ["--dataset=fables", "--out_dir=out/minutes", *TINY, "--init_from=resume", "--max_minutes=1"]
+    assert f"planned for {count} updates; for more, name --max_iters" in fails(project, "train.py", *flags)
+    pretrain(project, "minutes", f"--max_iters={count + 2}", "--max_minutes=0", "--init_from=resume")
+    settings = json.loads((run / "summary.json").read_text())["settings"]
+    assert (settings["init_from"], settings["max_iters"]) == ("scratch", count + 2)
+
+
+@pytest.mark.parametrize("job, init_from", [("this", "resume"), ("an older", "scratch")])
+def test_a_restart_goes_on_with_its_own_run_alone(tmp_path, monkeypatch, job, init_from):
+    """One that failed before its first checkpoint once took the run of before for its own, and was done at once."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this")
+    (tmp_path / "last").mkdir()
+    (tmp_path / ".job").write_text(job)
+    assert train.resolve_out_dir(train.TrainConfig(out_dir=str(tmp_path))).init_from == init_from
 
 
 def test_runs_are_compared(project):
