@@ -1,4 +1,4 @@
-# Instruction-tune the quick start's model on tasks about fables, on two CPU cores, in 7.5 minutes.
+# Instruction-tune the quick start's model on tasks about fables, on two CPU cores, in eight minutes.
 #
 #     python lora.py config/lora_fables.py
 data = "fables"
