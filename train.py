@@ -851,7 +851,7 @@ def draw_loss(path, out_dirs, floor=None):
 
 
 def compare_runs(out_dirs):
-    """Print the last figures and sample of several runs, and draw them all into compare.png."""
+    """Print the last figures and sample of several runs, and draw them all into compare.png, beside the first."""
     kinds = set()
     for out_dir in out_dirs:
         evals = [e for e in read_log(out_dir / "log.jsonl") if e["event"] == "eval" and e["val_loss"]]
@@ -864,8 +864,8 @@ def compare_runs(out_dirs):
               f"{last['seconds'] / 60:.1f} minutes\n  {last['sample']}\n")  # fmt: skip
     if len(kinds) > 1:
         raise UserError("--compare: pretraining is drawn in bits per byte, tuning in nats per token: name one kind")
-    draw_loss(Path("compare.png"), out_dirs)
-    print("drawn to compare.png")
+    draw_loss(path := out_dirs[0].with_name("compare.png"), out_dirs)
+    print(f"drawn to {path}")
 
 
 def write_samples(out_dir):

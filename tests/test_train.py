@@ -455,7 +455,7 @@ def test_runs_are_compared(project):
     for name in "ab":
         pretrain(project, name, "--max_iters=5", "--learning_rate=0.01")
     printed = run_script(project, "train.py", "--compare=out/a,out/b").stdout
-    assert printed.count("bits per byte after 5 updates") == 2 and (project / "compare.png").stat().st_size > 10_000
+    assert printed.count("bits per byte after 5 updates") == 2 and (project / "out/compare.png").stat().st_size > 10_000
     assert "no evaluation" in run_script(project, "train.py", "--compare=out/a,out/none", ok=False).stderr
 
 
