@@ -215,7 +215,8 @@ class Gemma(nn.Module):
             FULL: rope_table(positions, config.head_dim, config.rope_theta, config.rope_linear_factor),
         }
         window = {SLIDING: min(T, config.sliding_window), FULL: T}  # keys up to its own that a query sees
-        mask = {SLIDING: documents, FULL: documents}  # None: causal, within the window
+        # what more hides keys than order and window: documents, the free slots of a cache, FlexAttention's own mask
+        mask = {SLIDING: documents, FULL: documents}
         if cache is not None and T == 1:
             mask = cache.valid_slots()
         elif documents is None and T > config.sliding_window and self.takes_flex_attention(cache):
