@@ -1003,11 +1003,11 @@ def read_state(path, new, fixed, on_rank0=False):
     for key in changed:
         if key in fixed:
             raise UserError(f"{key}={settings[key]}: the run in {path} has {before[key]}; resume with that")
-    if "epochs" in changed:
-        del before["max_iters"]  # which they decide
     if changed:
         now = ", ".join(f"{key} {before[key]} -> {settings[key]}" for key in changed)
         print(f"resuming with other settings than before: {now}")
+    if "epochs" in changed:
+        del before["max_iters"]  # which they decide, unless it is named too
     return {**state, "settings": before | settings}
 
 

@@ -230,7 +230,7 @@ def averaged_weights(decay):
 
         def step(optimizers, *args):
             result = optimizer_step(optimizers, *args)
-            for p in (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]):
+            for p in (p for group in train.groups_of(optimizers) for p in group["params"]):
                 means.setdefault(p, p.detach().clone()).lerp_(p.detach(), 1 - decay)
             return result
 

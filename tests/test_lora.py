@@ -708,6 +708,10 @@ def test_a_resumed_run_keeps_the_settings_that_are_not_given_again(project):
     _, printed = tune(project, "kept", "--init_from=resume", "--epochs=0.5")
     assert "epochs 4.0 -> 0.5" in printed and "0.5 epochs" in printed
     tune(project, "kept", "--init_from=resume", "--epochs=0.5", "--forgetting=")  # measured before, and not after
+    _, printed = tune(project, "kept", "--init_from=resume", "--epochs=0.5", "--max_iters=5")
+    assert "max_iters" in printed
+    run, printed = tune(project, "kept", "--init_from=resume", "--epochs=2", "--max_iters=7")  # both at once
+    assert "epochs 0.5 -> 2.0" in printed and read_log(run / "log.jsonl")[-1]["step"] == 7
     with pytest.raises(UserError, match="another dataset"):
         tune(project, "kept", "--init_from=resume", "--max_records=60")
 
