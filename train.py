@@ -1247,7 +1247,8 @@ def compile_and_wrap_ddp(model, cfg):
 
 
 def set_gradient_sync(forward, wanted):
-    """Whether the next backward shall make gradients the mean over all processes: only an update's last has to."""
+    """Whether the next backward shall make gradients the mean over all processes: only an update's last has to. FSDP
+    always does, as it would else hold gradients whole."""
     if isinstance(forward, DistributedDataParallel):
         forward.require_backward_grad_sync = wanted
 
