@@ -271,7 +271,7 @@ class Trainer:
         self.optimizers = make_optimizers(self.model, cfg)
         load_optimizer_state(self.optimizers, self.model, self.state.__dict__.pop("optimizer", {}), cfg.fsdp)
         self.forward = compile_and_wrap_ddp(self.model, cfg)
-        self.stop_signal, self.skipped, self.write_errors = 0, 0, []
+        self.noted_signal, self.stop_signal, self.skipped, self.write_errors = 0, 0, 0, []
         if cfg.max_minutes:
             resumed = self.state.step > 0
             max_iters = self.state.settings["max_iters"] if resumed else self.updates_in(60 * cfg.max_minutes)
@@ -347,7 +347,7 @@ class Trainer:
         """Evaluate, log, sample and save -> whether this was done, or cut off by a signal."""
         paused, state = time.perf_counter(), self.state
         loss = self.evaluate()
-        if self.stop_signal and get_world_size() == 1:
+        if self.noted_signal and get_world_size() == 1:
             return False
         is_best = loss < state.best_val_loss
         state.best_val_loss = loss if is_best else state.best_val_loss
@@ -465,21 +465,23 @@ class Trainer:
                 signal.signal(number, handler)
 
     def note_signal(self, number, _frame):
-        if self.stop_signal and number == signal.SIGINT and get_world_size() == 1:  # torchrun passes ours on once more
+        if self.noted_signal and number == signal.SIGINT and get_world_size() == 1:  # torchrun passes ours on once more
             raise KeyboardInterrupt
-        self.stop_signal = self.stop_signal or number
-        print(f"{signal.Signals(number).name}: saving, then stopping", flush=True)
+        self.noted_signal = self.noted_signal or number
+        if get_rank() == 0:  # not by print(), which a signal may have come upon at work
+            os.write(2, f"{signal.Signals(number).name}: saving, then stopping\n".encode())
 
     def stop_requested(self):
-        """Whether any process was told to stop; then all of them stop here."""
-        if all_reduce_sum(torch.tensor(self.stop_signal), self.device).item():
-            self.stop_signal = self.stop_signal or signal.SIGTERM
+        """Whether any process was told to stop; then all of them stop here. One that is told while they ask each other
+        stops next time, with the others."""
+        if all_reduce_sum(torch.tensor(self.noted_signal), self.device).item():
+            self.stop_signal = self.noted_signal or signal.SIGTERM
         return bool(self.stop_signal)
 
     def until_signal(self, batches):
         """The batches of an evaluation, until a signal comes. Several processes go on: all have to do the same."""
         for batch in batches:
-            if self.stop_signal and get_world_size() == 1:
+            if self.noted_signal and get_world_size() == 1:
                 return
             yield batch
 
