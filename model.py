@@ -13,7 +13,6 @@ transformers (modeling_gemma3.py).
 Letters in shapes: B batch, T time, C hidden_size, H attention heads, K key/value heads, D head_dim, V vocabulary.
 """
 
-import functools
 import hashlib
 import json
 import math
@@ -26,7 +25,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.utils.rnn import pad_sequence
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -115,7 +113,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(D, config.rms_norm_eps)
         self.k_norm = RMSNorm(D, config.rms_norm_eps)
 
-    def forward(self, x, rope, mask, window, cache):
+    def forward(self, x, rope, attend, window, mask, cache):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
@@ -124,14 +122,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
-        if cache is not None and T == 1:
-            y = cached_attention(q, k, v, mask, self.scale)
-        elif isinstance(mask, BlockMask):
-            y = flex_attention(q, k, v, block_mask=mask, scale=self.scale, enable_gqa=True)
-        elif T > window or mask is not None or x.device.type in BLOCKED_ATTENTION_DEVICES:
-            y = blocked_attention(q, k, v, window, self.scale, dropout, mask)
-        else:
-            y = causal_attention(q, k, v, self.scale, dropout)
+        y = attend(q, k, v, window, self.scale, dropout, mask)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H*D) -> (B, T, C)
 
 
@@ -164,8 +155,8 @@ class Block(nn.Module):
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, rope, mask, window, cache):
-        y = self.self_attn(self.input_layernorm(x), rope, mask, window, cache)
+    def forward(self, x, rope, attend, window, mask, cache):
+        y = self.self_attn(self.input_layernorm(x), rope, attend, window, mask, cache)
         x = x + self.dropout(self.post_attention_layernorm(y))
         y = self.mlp(self.pre_feedforward_layernorm(x))
         return x + self.dropout(self.post_feedforward_layernorm(y))
@@ -191,7 +182,7 @@ class Gemma(nn.Module):
             }
         )
         self.dropout = nn.Dropout(dropout)
-        self.compiled_decode_step, self.layers_compiled = None, False
+        self.compiled_decode_step = None
 
     def forward(self, tokens, targets=None, documents=None, reduction="mean", cache=None):
         """tokens (B, T) int64 -> logits (B, T, V).
@@ -215,18 +206,17 @@ class Gemma(nn.Module):
             FULL: rope_table(positions, config.head_dim, config.rope_theta, config.rope_linear_factor),
         }
         window = {SLIDING: min(T, config.sliding_window), FULL: T}  # keys up to its own that a query sees
-        # what more hides keys than order and window: documents, the free slots of a cache, FlexAttention's own mask
-        mask = {SLIDING: documents, FULL: documents}
         if cache is not None and T == 1:
-            mask = cache.valid_slots()
-        elif documents is None and T > config.sliding_window and self.takes_flex_attention(cache):
-            mask[SLIDING] = sliding_window_mask(T, config.sliding_window, tokens.device)
+            attend, mask = cached_attention, cache.valid_slots()
+        else:
+            flash = documents is None and self.takes_flash_attention()
+            attend, mask = flash_attention if flash else blocked_attention, {SLIDING: documents, FULL: documents}
 
         # the scale is rounded to the weights' dtype, as in the published models (25.25 for 270M in bfloat16)
         x = F.embedding(tokens, embedding) * torch.tensor(config.hidden_size**0.5, dtype=embedding.dtype)
         x = self.dropout(x)  # (B, T, C)
         for block in self.model.layers:
-            x = block(x, rope[block.kind], mask[block.kind], window[block.kind], cache)
+            x = block(x, rope[block.kind], attend, window[block.kind], mask[block.kind], cache)
         if cache is not None:
             cache.length += T
             x = x[:, -1:]
@@ -251,11 +241,15 @@ class Gemma(nn.Module):
         for block in self.model.layers:
             block.compile(dynamic=False)
         self.loss = torch.compile(self.loss, dynamic=False)
-        self.layers_compiled = True
 
-    def takes_flex_attention(self, cache):
-        compiled = self.layers_compiled or torch.compiler.is_compiling()  # else it would hold all the scores at once
-        return compiled and cache is None and not self.dropout.p and use_flex_attention(self.device)
+    def takes_flash_attention(self):
+        """Whether flash_attention's kernel is there: on NVIDIA's cards since Ampere, in half precision."""
+        if self.device.type != "cuda" or torch.version.hip or self.dropout.p or self.config.head_dim > 256:
+            return False
+        amp = torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if amp else self.model.embed_tokens.weight.dtype
+        ampere = torch.cuda.get_device_properties(self.device).major >= 8
+        return ampere and dtype in (torch.bfloat16, torch.float16) and self.config.head_dim % 8 == 0
 
     @torch.no_grad()
     def init_weights(self, seed, device=None):
@@ -627,8 +621,7 @@ def read_tensor(file, name, device):
 
 # ---- fast paths: attention and the loss as each device does them best ------------------------------------------------
 
-BLOCKED_ATTENTION_DEVICES = ("cpu",)  # where blocked_attention is faster than PyTorch's kernel without a window, too
-QUERY_BLOCK = 128  # queries in a block
+QUERY_BLOCK = 128  # of blocked_attention
 
 
 def starts_of(documents):
@@ -658,33 +651,20 @@ def blocked_attention(q, k, v, window, scale, dropout, documents=None):
     return torch.cat(blocks, dim=2)
 
 
-def causal_attention(q, k, v, scale, dropout):
-    """Causal attention of q (B, H, T, D) to k, v (B, K, T, D) by PyTorch's kernels."""
-    if q.dtype == torch.float32:  # of GPUs' kernels flash takes no float32, and the next best no keys that heads share
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, None, dropout, True, scale=scale, enable_gqa=True)
+def flash_attention(q, k, v, window, scale, dropout, documents):
+    """The same by FlashAttention-2 in one kernel, without dropout or documents. Not by varlen_attn, which would take
+    documents: compiled by PyTorch 2.11, its gradients are wrong (docs/gpu.md)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    T, sees = q.shape[1], {"window_size_left": window - 1, "window_size_right": 0}
+    y, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, None, None, T, T, dropout, False, False, scale=scale, **sees
+    )  # fmt: skip
+    return y.transpose(1, 2)
 
 
-def use_flex_attention(device):
-    """Whether FlexAttention, compiled, makes one kernel of a sliding window: on GPUs with the shared memory that its
-    backward needs at Gemma's head_dim of 256: H100, H200 and B200 have 227 KB a block, A100 163, others less."""
-    if device.type != "cuda":
-        return False
-    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) > 2e5  # 0: ROCm
-
-
-@functools.lru_cache(maxsize=8)
-def sliding_window_mask(T, window, device):
-    """FlexAttention's BlockMask of the last `window` keys up to each query: blocks that no query sees are skipped."""
-
-    def seen(_batch, _head, query, key):
-        return (key <= query) & (query - key < window)
-
-    return create_block_mask(seen, None, None, T, T, device=device)
-
-
-def cached_attention(q, k, v, valid, scale):
-    """Attention of one token's q (B, H, 1, D) to the slots of a cache, k and v (B, K, slots, D), that are valid."""
+def cached_attention(q, k, v, window, scale, dropout, valid):
+    """Attention of one token's q (B, H, 1, D) to the slots of a cache, k and v (B, K, slots, D), that are valid: the
+    window is the cache's."""
     grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[3])  # (B, K, H/K, D): heads that share keys make one product
     scores = (grouped @ k.transpose(2, 3)).float() * scale
     return (scores.masked_fill(~valid, -math.inf).softmax(-1).type_as(v) @ v).view(q.shape)

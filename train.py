@@ -1195,7 +1195,8 @@ def init_distributed(device_name):
     store, number, count = next(rendezvous("env://"))
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
     patience = timedelta(minutes=10)  # with one that hangs
-    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=number, world_size=count, timeout=patience)
+    backend, gpu = ("nccl", device) if on_gpu else ("gloo", None)
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=patience, device_id=gpu)
     if get_rank():
         sys.stdout = open(os.devnull, "w")
     return device

@@ -30,12 +30,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import benchmark
 import torch
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import config
 import train
 from data import fable_grammar
-from model import Gemma, GemmaConfig, blocked_attention, causal_attention, complete, sliding_window_mask
+from model import Gemma, GemmaConfig, blocked_attention, complete, flash_attention
 from prepare import DATA, Tokenizer
 
 HOME = Path(__file__).parent.parent
@@ -155,7 +155,7 @@ def relative_error(a, b):
 def updates(cfg):
     """The losses of train.py's first updates, here and on the CPU in float32, from the same weights."""
     flags, count, out = small_run(cfg), 3 if cfg.quick else 20, Path(cfg.out).resolve()
-    run_ours(cfg, "train", *flags, "--device=cpu", "--max_iters=0", run="start")
+    run_ours(cfg, "train", *flags, "--device=cpu", "--dtype=float32", "--compile=False", "--max_iters=0", run="start")
     flags += [f"--max_iters={count}", f"--init_from={out}/start/last", "--learning_rate=5e-3"]
     want, device = None, train.pick_device(cfg.device)
     here = [(device.type, dtype, c) for dtype in ("bfloat16", "float32") for c in (False, True)]
@@ -178,13 +178,14 @@ def attention(cfg, T, window):
     scale, times, count = D**-0.5, {}, 3 if cfg.quick else 30
     blocks = functools.partial(blocked_attention, window=window, scale=scale, dropout=0.0)
     want = with_gradients(blocks, [t.float() for t in qkv], grad.float())
-    kernels = {"blocks": blocks, "causal": functools.partial(causal_attention, scale=scale, dropout=0.0)}
+    causal = torch.nn.functional.scaled_dot_product_attention
+    kernels = {"blocks": blocks, "causal": functools.partial(causal, is_causal=True, scale=scale, enable_gqa=True)}
     if device.type == "cuda":
-        mask = sliding_window_mask(T, window, device)
+        mask = create_block_mask(lambda b, h, q, k: (k <= q) & (q - k < window), None, None, T, T, device=device)
         kernels["flex"] = functools.partial(flex_attention, block_mask=mask, scale=scale, enable_gqa=True)
-        kernels["varlen"] = functools.partial(varlen, window=window, scale=scale)
+        kernels["flash"] = functools.partial(flash_attention, window=window, scale=scale, dropout=0.0, documents=None)
     else:
-        yield {"T": T, "window": window, "kernel": "flex, varlen", "reason": "skipped: they need CUDA"}
+        yield {"T": T, "window": window, "kernel": "flex, flash", "reason": "skipped: they need CUDA"}
     for name, function in kernels.items():
         line = {"T": T, "window": window, "kernel": name}
         try:
@@ -198,8 +199,8 @@ def attention(cfg, T, window):
             knows = name != "causal" or window >= T
             yield line | {"forward ms": ms[0], "both ms": ms[1], "error": error, "ok": error < 0.03 or not knows}
             times |= {name: ms[1]} if knows and error < 0.03 else {}
-        except Exception as e:  # the other kernels are timed all the same; varlen is not in every torch
-            yield line | {"reason": config.first_line(e), "ok": isinstance(e, ImportError | TypeError)}
+        except Exception as e:  # the other kernels are timed all the same
+            yield line | {"reason": config.first_line(e), "ok": False}
     yield {"T": T, "window": window, "fastest": min(times, key=times.get, default="none")}
 
 
@@ -207,16 +208,6 @@ def with_gradients(function, inputs, grad):
     inputs = [t.detach().requires_grad_() for t in inputs]
     y = function(*inputs)
     return y, *torch.autograd.grad(y, inputs, grad)
-
-
-def varlen(q, k, v, window, scale):
-    from torch.nn.attention.varlen import varlen_attn  # not in every torch, or without a window
-
-    B, _, T, _ = q.shape
-    starts = torch.arange(0, B * T + 1, T, device=q.device, dtype=torch.int32)
-    flat = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]  # (B*T, heads, D)
-    y = varlen_attn(*flat, starts, starts, T, T, scale=scale, window_size=(window - 1, 0), enable_gqa=True)
-    return y.unflatten(0, (B, T)).transpose(1, 2)
 
 
 # by layers: train.py's activation_memory
@@ -241,6 +232,7 @@ def recipe(cfg, batch, mode="compiled by layers"):
     with torch.profiler.profile() as profile:
         benchmark.timed(device, step, 1)
     events, waits = profile.key_averages(), ("Synchronize", "cudaMemcpy", "item", "_local_scalar_dense")
+    print(events.table(sort_by="self_device_time_total", row_limit=25))  # for the log
     host = sum(e.self_cpu_time_total for e in events if not any(wait in e.key for wait in waits))
     kernels = sum(e.self_device_time_total for e in events if str(e.device_type).endswith("CUDA"))
     yield {"batch": batch, "mode": mode, "tokens/s": rate, "TFLOP/s": flops / 1e12,

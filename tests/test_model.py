@@ -29,7 +29,6 @@ from transformers import (
 )
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-import model as model_py
 from model import (
     ACTIVATIONS,
     FULL,
@@ -100,48 +99,45 @@ def test_logits_and_gradients_equal_transformers(tmp_path, kv_heads, factor, pat
         torch.testing.assert_close(p.grad, theirs[name].grad, rtol=1e-3, atol=1e-4)
 
 
-def test_kernels_of_other_devices_agree(monkeypatch):
-    """What GPUs run in place of blocked_attention, run here: PyTorch's kernel in full layers, FlexAttention in sliding
-    ones. Its kernel has no backward on CPUs: gradients are those of the traced graph, run operation by operation."""
+def reference_flash_forward(q, k, v, bounds_q, bounds_k, max_q, max_k, dropout, causal, debug, scale, **window):
+    """What aten's _flash_attention_forward, which has no kernel for CPUs, computes from q, k, v (B, T, H, D)."""
+    T = q.shape[1]
+    assert bounds_q is bounds_k is None and max_q == max_k == T and not dropout and window["window_size_right"] == 0
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    seen = (distance >= 0) & (distance <= window["window_size_left"])
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k).float() * scale
+    return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v), None, None
+
+
+def test_what_gpus_compute_by_flash_attention(monkeypatch):
+    """What the kernel is asked for, against blocks; the kernel itself is tests/gpu.py's."""
     model, x = random_model(small(**TWO_LAYERS)), random_tokens(small(), 2, 141)
     model(x, x).backward()
     logits, gradients = model(x), [p.grad.clone() for p in model.parameters()]
+    made = [step.tolist() for step in model.generate(x[:, :130], 5, temperature=0)]
     model.zero_grad()
-    monkeypatch.setattr("model.BLOCKED_ATTENTION_DEVICES", ())
+    known = {argument.name for argument in torch.ops.aten._flash_attention_forward.default._schema.arguments}
+    assert {"scale", "window_size_left", "window_size_right"} <= known
+    monkeypatch.setattr(Gemma, "takes_flash_attention", lambda self: True)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", reference_flash_forward)
+    monkeypatch.setattr("model.blocked_attention", None)  # not to be called
     model(x, x).backward()
     torch.testing.assert_close(model(x), logits, rtol=1e-4, atol=1e-4)
     for p, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-4)
-    monkeypatch.setattr("model.use_flex_attention", lambda device: True)
-    monkeypatch.setattr("model.blocked_attention", None)  # not to be called
-    with torch.no_grad():
-        torch.testing.assert_close(torch.compile(model)(x), logits, rtol=1e-4, atol=1e-4)
-    model.zero_grad()
-    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda q, k, v: None)
-    torch.compile(model, backend="aot_eager")(x, x).backward()
-    for p, gradient in zip(model.parameters(), gradients, strict=True):
-        torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-4)
+    # a prompt, then token by token from the cache
+    assert made == [step.tolist() for step in model.generate(x[:, :130], 5, temperature=0)]
 
 
-def test_keys_that_heads_share_are_repeated_where_no_kernel_shares_them(monkeypatch):
-    """In float32 GPUs have no flash kernel, and without one enable_gqa means all the scores at once."""
-    seen = []
-    monkeypatch.setattr("model.F.scaled_dot_product_attention", lambda q, k, *a, **how: seen.append(k.shape[1]) or q)
-    q, k = torch.zeros(1, 4, 8, 16), torch.zeros(1, 2, 8, 16)
-    for dtype in (torch.float32, torch.bfloat16):
-        model_py.causal_attention(q.to(dtype), k.to(dtype), k.to(dtype), 1.0, 0.0)
-    assert seen == [4, 2]
-
-
-def test_gpus_that_do_not_state_their_shared_memory_take_no_flex_attention(monkeypatch):
-    """ROCm's device properties lack shared_memory_per_block_optin."""
-    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
-    for properties, expected in (
-        (SimpleNamespace(), False),
-        (SimpleNamespace(shared_memory_per_block_optin=232448), True),
-    ):
-        monkeypatch.setattr("torch.cuda.get_device_properties", lambda device, found=properties: found)
-        assert model_py.use_flex_attention(torch.device("cuda")) == expected
+@pytest.mark.parametrize("change", [{}, {"major": 7}, {"hip": "6"}, {"dtype": torch.float32}, {"dropout": 0.1}])
+def test_cards_and_dtypes_that_have_a_flash_kernel(monkeypatch, change):
+    model = Gemma(small(), change.get("dropout", 0.0)).to(change.get("dtype", torch.bfloat16))
+    monkeypatch.setattr("model.Gemma.device", torch.device("cuda"))
+    monkeypatch.setattr("torch.version.hip", change.get("hip"))
+    card = SimpleNamespace(major=change.get("major", 8))
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: card)
+    assert model.takes_flash_attention() == (change == {})
 
 
 def test_full_270m_shape_equals_transformers(tmp_path):
