@@ -12,17 +12,17 @@ out_dir = "out/tinystories-270m"
 # the plan at the start counts them), so 6,000 updates = 1.57G tokens are about 3 epochs. "150k iterations" of other
 # projects are micro-batches, 4,687 updates; one iteration here is one update.
 #
-# Memory, estimated (docs/gpu.md says how), never measured on a GPU. 3.3 GB whatever the batch: float32 weights 0.53,
-# gradients 0.53, moments 0.66 (Muon 0.40, AdamW 0.26), bfloat16 copies 0.27, the head's chunk of logits 0.67, CUDA 0.6.
-# Beside it 0.55 MB a token of a micro-batch for activations, 0.70 on GPUs that attend in blocks (all but H100, H200 and
-# B200); not compiled twice that, and 2 GB more for the head. Same updates, to add to the command line:
-#    8 GB    --batch_size=4 --gradient_accumulation_steps=64                       #  6.2 GB
-#   12 GB    --batch_size=8 --gradient_accumulation_steps=32                       #  9.0 GB
-#   16 GB    --batch_size=8 --gradient_accumulation_steps=32                       #  9.0 GB (16 rows: 14.8)
-#   24 GB    --batch_size=16 --gradient_accumulation_steps=16                      # 14.8 GB
-#   80 GB    --batch_size=64 --gradient_accumulation_steps=4                       # 39 GB, 49 on an A100
+# Memory, estimated but for an H100's 22.5 GB as it stands here (docs/gpu.md says how). 3.3 GB whatever the batch: float32
+# weights 0.53, gradients 0.53, moments 0.66 (Muon 0.40, AdamW 0.26), bfloat16 copies 0.27, the head's chunk of logits
+# 0.67, CUDA 0.6. Beside it 0.60 MB a token of a micro-batch for activations, 0.73 on GPUs that attend in blocks (all
+# before Ampere); not compiled twice that, and 2 GB more for the head. Same updates, to add to the command line:
+#    8 GB    --batch_size=4 --gradient_accumulation_steps=64                       #  5.8 GB
+#   12 GB    --batch_size=8 --gradient_accumulation_steps=32                       #  8.2 GB
+#   16 GB    --batch_size=8 --gradient_accumulation_steps=32                       #  8.2 GB (16 rows: 13.1)
+#   24 GB    --batch_size=16 --gradient_accumulation_steps=16                      # 13.1 GB
+#   80 GB    --batch_size=64 --gradient_accumulation_steps=4                       # 43 GB
 # Still too much: --batch_size=1 --gradient_accumulation_steps=256 takes 4.0 GB, and the head's chunk (model.py's CHUNK)
-# can be made smaller. Without any of these 32 rows take 21 GB, or 26.
+# can be made smaller.
 batch_size = 32
 block_size = 1024  # twice the window of 512, so sliding layers do slide
 gradient_accumulation_steps = 8
