@@ -469,7 +469,7 @@ class Trainer:
             raise KeyboardInterrupt
         self.noted_signal = self.noted_signal or number
         if get_rank() == 0:  # not by print(), which a signal may have come upon at work
-            os.write(2, f"{signal.Signals(number).name}: saving, then stopping\n".encode())
+            os.write(1, f"{signal.Signals(number).name}: saving, then stopping\n".encode())
 
     def stop_requested(self):
         """Whether any process was told to stop; then all of them stop here. One that is told while they ask each other

@@ -154,15 +154,18 @@ def row_normalized():
     train.orthogonalize = normalized
 
 
-def polar_express():
-    """The coefficients of Amsel et al. 2025, best for five steps."""
-    coefficients = [
-        (8.28721201814563, -23.595886519098837, 17.300387312530933),
-        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-    ]
+JORDAN = [(3.4445, -4.7750, 2.0315)] * 5  # the coefficients of train.orthogonalize
+POLAR_EXPRESS = [  # Amsel et al. 2025, best for five steps
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+]
+
+
+def newton_schulz(coefficients):
+    """One step of orthogonalization for each three coefficients."""
 
     def orthogonalize(stack):
         wide = stack.mT if stack.shape[1] > stack.shape[2] else stack
@@ -173,7 +176,10 @@ def polar_express():
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         return x if wide is stack else x.mT
 
-    train.orthogonalize = orthogonalize
+    def patch():
+        train.orthogonalize = orthogonalize
+
+    return patch
 
 
 def adamw_with(scale=1.0, **settings):
@@ -276,7 +282,11 @@ VARIANTS = {  # name: (flags, a patch)
     "beta2 0.99": (["--beta2=0.99"], None),
     "momentum schedule": (["--momentum=0.95"], momentum_schedule),
     "rows normalized": ([], row_normalized),
-    "polar express": ([], polar_express),
+    "polar express": ([], newton_schulz(POLAR_EXPRESS)),
+    "polar express 4": ([], newton_schulz(POLAR_EXPRESS[:4])),
+    "polar express 3": ([], newton_schulz(POLAR_EXPRESS[:3])),
+    "Newton-Schulz 4": ([], newton_schulz(JORDAN[:4])),
+    "Newton-Schulz 3": ([], newton_schulz(JORDAN[:3])),
     "embedding and norms x 0.3": ([], adamw_with(0.3)),
     "embedding and norms x 3": ([], adamw_with(3.0)),
     "beta1 0.8 and eps 1e-10": ([], adamw_with(betas=(0.8, 0.95), eps=1e-10)),
