@@ -12,7 +12,7 @@ out_dir = "out/tinystories-270m"
 # the plan at the start counts them), so 6,000 updates = 1.57G tokens are about 3 epochs. "150k iterations" of other
 # projects are micro-batches, 4,687 updates; one iteration here is one update.
 #
-# Memory, estimated but for an H100's 22.5 GB as it stands here (docs/gpu.md says how). 3.3 GB whatever the batch: float32
+# Memory, estimated but for the H100's 22.5 GB as it stands here (docs/gpu.md). 3.3 GB whatever the batch: float32
 # weights 0.53, gradients 0.53, moments 0.66 (Muon 0.40, AdamW 0.26), bfloat16 copies 0.27, the head's chunk of logits
 # 0.67, CUDA 0.6. Beside it 0.60 MB a token of a micro-batch for activations, 0.73 on GPUs that attend in blocks (all
 # before Ampere); not compiled twice that, and 2 GB more for the head. Same updates, to add to the command line:
