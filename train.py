@@ -83,7 +83,6 @@ class TrainConfig:
     cooldown_frac: float = 0.4  # share of max_iters in which wsd comes down
     weight_decay: float = 0.0  # on block matrices only: decaying a norm's weight pulls its gain to 1, not to 0
     momentum: float = 0.95  # Muon: decay of the mean gradient; in short runs less is better
-    ns_steps: int = 5  # Muon: steps of Newton and Schulz; three do for narrow models
     beta1: float = 0.9  # AdamW: decay of the mean gradient
     beta2: float = 0.95  # AdamW: decay of the mean squared gradient
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
@@ -102,7 +101,7 @@ class TrainConfig:
     seed: int = 1337  # of the initial weights, the order of the data, dropout and samples
 
     def __post_init__(self):
-        check_range(self, 1, NO_LIMIT, "gradient_accumulation_steps", "eval_interval", "log_interval", "ns_steps")
+        check_range(self, 1, NO_LIMIT, "gradient_accumulation_steps", "eval_interval", "log_interval")
         check_range(self, 0, 0.999999, "momentum", "beta1", "beta2")
         check_range(self, 0, 1, "cooldown_frac", "activation_memory")
         for key, choices in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
@@ -635,11 +634,11 @@ class Muon(torch.optim.Optimizer):
     Matrices of one shape are a group, and are orthogonalized together, which keeps the device busier; of several
     processes each does a part of every group."""
 
-    def __init__(self, params, momentum=0.95, weight_decay=0.0, ns_steps=5):
+    def __init__(self, params, momentum=0.95, weight_decay=0.0):
         by_shape = {}
         for p in params:
             by_shape.setdefault(p.shape, []).append(p)
-        defaults = {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay, "ns_steps": ns_steps}
+        defaults = {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__([{"params": group} for group in by_shape.values()], defaults)
 
     @torch.no_grad()
@@ -653,21 +652,20 @@ class Muon(torch.optim.Optimizer):
                 mean = self.state[p]["momentum_buffer"]
                 mean.lerp_(p.grad, 1 - beta)
                 directions.append(full_tensor(p.grad.lerp(mean, beta)))  # Nesterov's
-            moves = share_work(lambda stack, n=group["ns_steps"]: orthogonalize(stack, n), torch.stack(directions))
+            moves = share_work(orthogonalize, torch.stack(directions))
             size = 0.2 * max(moves.shape[1:]) ** 0.5
             for p, move in zip(params, moves, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(shard_like(move.to(p.dtype), p), alpha=-group["lr"] * size)
 
 
-def orthogonalize(stack, ns_steps):
-    """Matrices (N, rows, columns) -> bfloat16 ones with the same singular vectors, and singular values of about 1: by
-    steps of Newton and Schulz with Jordan's coefficients. Each lifts small values 3.4 times, so that many columns take
-    more of them."""
+def orthogonalize(stack):
+    """Matrices (N, rows, columns) -> bfloat16 ones with the same singular vectors, and singular values of about 1: five
+    steps of Newton and Schulz with Jordan's coefficients."""
     wide = stack.mT if stack.shape[1] > stack.shape[2] else stack
     x = wide.bfloat16()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(ns_steps):
+    for _ in range(5):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, polynomial, x, beta=3.4445)
@@ -675,8 +673,7 @@ def orthogonalize(stack, ns_steps):
 
 
 def muon(matrices, others, cfg):
-    first = [Muon(matrices, cfg.momentum, cfg.weight_decay, cfg.ns_steps)] if matrices else []
-    return [*first, *adamw([], others, cfg)]
+    return [*([Muon(matrices, cfg.momentum, cfg.weight_decay)] if matrices else []), *adamw([], others, cfg)]
 
 
 def adamw(matrices, others, cfg):

@@ -144,8 +144,8 @@ def row_normalized():
     """NorMuon (Li et al. 2025): rows of an orthogonalized move get one size, by the mean of their squares."""
     orthogonalize, seconds = train.orthogonalize, {}
 
-    def normalized(stack, ns_steps):
-        moves = orthogonalize(stack, ns_steps).float()
+    def normalized(stack):
+        moves = orthogonalize(stack).float()
         mean = seconds.setdefault(stack.shape, torch.zeros(*stack.shape[:2], 1))
         mean.lerp_(moves.square().mean(2, keepdim=True), 0.05)
         rows = moves / mean.sqrt().clamp(min=1e-8)
@@ -154,6 +154,7 @@ def row_normalized():
     train.orthogonalize = normalized
 
 
+JORDAN = [(3.4445, -4.7750, 2.0315)] * 5  # the coefficients of train.orthogonalize
 POLAR_EXPRESS = [  # Amsel et al. 2025, best for five steps
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -163,14 +164,14 @@ POLAR_EXPRESS = [  # Amsel et al. 2025, best for five steps
 ]
 
 
-def polar_express(steps):
-    """So many of its steps."""
+def newton_schulz(coefficients):
+    """One step of orthogonalization for each three coefficients."""
 
-    def orthogonalize(stack, _ns_steps):
+    def orthogonalize(stack):
         wide = stack.mT if stack.shape[1] > stack.shape[2] else stack
         x = wide.bfloat16()
         x = x / (x.norm(dim=(1, 2), keepdim=True) * 1.02 + 1e-6)
-        for a, b, c in POLAR_EXPRESS[:steps]:
+        for a, b, c in coefficients:
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         return x if wide is stack else x.mT
@@ -281,11 +282,11 @@ VARIANTS = {  # name: (flags, a patch)
     "beta2 0.99": (["--beta2=0.99"], None),
     "momentum schedule": (["--momentum=0.95"], momentum_schedule),
     "rows normalized": ([], row_normalized),
-    "polar express": ([], polar_express(5)),
-    "polar express 3": ([], polar_express(3)),
-    "ns_steps 5": (["--ns_steps=5"], None),
-    "ns_steps 4": (["--ns_steps=4"], None),
-    "ns_steps 2": (["--ns_steps=2"], None),
+    "polar express": ([], newton_schulz(POLAR_EXPRESS)),
+    "polar express 4": ([], newton_schulz(POLAR_EXPRESS[:4])),
+    "polar express 3": ([], newton_schulz(POLAR_EXPRESS[:3])),
+    "Newton-Schulz 4": ([], newton_schulz(JORDAN[:4])),
+    "Newton-Schulz 3": ([], newton_schulz(JORDAN[:3])),
     "embedding and norms x 0.3": ([], adamw_with(0.3)),
     "embedding and norms x 3": ([], adamw_with(3.0)),
     "beta1 0.8 and eps 1e-10": ([], adamw_with(betas=(0.8, 0.95), eps=1e-10)),
