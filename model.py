@@ -122,6 +122,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
+        # by one of three functions below, "fast paths", which say what they take for a mask
         y = attend(q, k, v, window, self.scale, dropout, mask)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H*D) -> (B, T, C)
 
