@@ -441,7 +441,8 @@ class InstructionTuning:
         for batch in (order[i : i + 128] for i in range(0, len(order), 128)):
             limits = [max_new_tokens[i] for i in batch]
             # too long ones lose what was said first
-            fitting = [prompts[i][:1] + prompts[i][1:][1 - limit + n :] for i, n in zip(batch, limits, strict=True)]
+            kept = [limit - 1 - max(1, n) for n in limits]
+            fitting = [prompts[i][:1] + prompts[i][1:][-n:] for i, n in zip(batch, kept, strict=True)]
             texts = complete(self.model, self.tokenizer, fitting, limits, stop_ids=stops, **sampling)
             for i, text in zip(batch, texts, strict=True):
                 answers[i] = text.strip()
@@ -730,9 +731,12 @@ def read_adapter_config(path):
 
 def cast_base_weights(model, dtype):
     """Keep the frozen layers' weights in the dtype that autocast multiplies them in: the same products, half the memory
-    in bfloat16, and no cast at every step. What a merge reads is the file's."""
-    for _, layer in lora_layers(model):
-        layer.base_layer.to(dtype)
+    in bfloat16, and no cast at every step. What a merge reads is the file's. Where some linear layers have no LoRA all
+    stay as they are: answers are made without autocast, and layers of two dtypes do not go together."""
+    layers = [layer for _, layer in lora_layers(model)]
+    if 3 * len(layers) == sum(isinstance(module, nn.Linear) for module in model.modules()):  # base, A and B
+        for layer in layers:
+            layer.base_layer.to(dtype)
 
 
 def read_instruct(path):

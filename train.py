@@ -294,6 +294,7 @@ class Trainer:
                 if due and state.evaluated != state.step and not self.evaluate_and_save():
                     continue  # a signal came
                 if state.step >= cfg.max_iters:
+                    self.stop_requested()  # during the last evaluation
                     break
                 lr = self.set_learning_rate()
                 torch.manual_seed(hash((cfg.seed, state.step, get_rank())))  # dropout is a function of these alone
@@ -311,10 +312,11 @@ class Trainer:
             if self.stop_signal:
                 state.seconds = time.perf_counter() - self.started
                 self.save_checkpoints()
+        self.noted_signal = 0  # evaluations from here on are whole
         if self.write_errors:
             raise Failure(f"{len(self.write_errors)} writes failed, the last of them: {self.write_errors[-1]}")
         if self.stop_signal:
-            print(f"stopped after update {state.step}; to go on: the same command, and --init_from=resume", flush=True)
+            say(f"stopped after update {state.step}; to go on: the same command, and --init_from=resume")
             shutdown_distributed(128 + self.stop_signal)
 
     def updates_in(self, seconds):
@@ -353,11 +355,11 @@ class Trainer:
         state.best_val_loss = loss if is_best else state.best_val_loss
         state.evaluated, state.seconds = state.step, time.perf_counter() - self.started
         metrics, line = self.task.metrics(loss)
-        print(f"{CLEAR_LINE * sys.stdout.isatty()}update {state.step}: {line}")
+        say(f"{CLEAR_LINE * sys.stdout.isatty()}update {state.step}: {line}")
         self.model.eval()
         text = self.task.sample()  # by all processes: where weights are sharded, all are needed
         self.model.train()
-        print(f"  {text}\n", flush=True)
+        say(f"  {text}\n")
         counters = {key: getattr(state, key) for key in NEW_STATE if key != "evaluated"}
         self.try_write(self.log.write, {"event": "eval", **counters, **metrics, "sample": text})
         self.try_write(draw_loss, Path(self.cfg.out_dir) / "loss.png", [Path(self.cfg.out_dir)], self.task.floor)
@@ -414,8 +416,8 @@ class Trainer:
         line = (f"update {state.step:5}/{self.cfg.max_iters}: loss {loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, "
                 f"{rate:,.0f} tokens/s, {mfu:.0%} MFU,{memory} {timedelta(seconds=int(left))} left")  # fmt: skip
         in_place = sys.stdout.isatty()  # the next line is then written over this one
-        print(CLEAR_LINE + line[: shutil.get_terminal_size().columns - 1] if in_place else line,
-              end="\r" if in_place else "\n", flush=True)  # fmt: skip
+        say(CLEAR_LINE + line[: shutil.get_terminal_size().columns - 1] if in_place else line,
+            end="\r" if in_place else "\n")  # fmt: skip
         self.last_line = SimpleNamespace(at=now, step=state.step, tokens=state.tokens)
 
     def save_checkpoints(self, is_best=False):
@@ -438,7 +440,7 @@ class Trainer:
                 write(*args)
         except OSError as e:
             self.write_errors.append(str(e))
-            print(f"warning: {e}; training goes on", flush=True)
+            say(f"warning: {e}; training goes on")
 
     def check_finite(self, loss, grad_norm):
         """Log an update that was skipped; five in a row end the run."""
@@ -447,7 +449,7 @@ class Trainer:
         if finite:
             return
         step = self.state.step
-        print(f"update {step}: skipped, its loss is {loss} and its gradient norm {grad_norm}", flush=True)
+        say(f"update {step}: skipped, its loss is {loss} and its gradient norm {grad_norm}")
         self.try_write(self.log.write, {"event": "skipped", "step": step, "train_loss": loss, "grad_norm": grad_norm})
         if self.skipped == MAX_SKIPPED:
             at = f"the checkpoint of update {self.state.evaluated} is in {self.cfg.out_dir}/last"
@@ -469,7 +471,8 @@ class Trainer:
             raise KeyboardInterrupt
         self.noted_signal = self.noted_signal or number
         if get_rank() == 0:  # not by print(), which a signal may have come upon at work
-            os.write(1, f"{signal.Signals(number).name}: saving, then stopping\n".encode())
+            with contextlib.suppress(OSError):
+                os.write(1, f"{signal.Signals(number).name}: saving, then stopping\n".encode())
 
     def stop_requested(self):
         """Whether any process was told to stop; then all of them stop here. One that is told while they ask each other
@@ -572,7 +575,8 @@ def main(data_cfg, cfg, arch):
     cfg = replace(cfg, out_dir=cfg.out_dir or f"out/{dataset.path.name}")
     if not data_cfg.eval_only:
         cfg = resolve_out_dir(cfg)
-    model, state = start_model(data_cfg, cfg, arch, dataset, device)
+    with runtime_errors("the model alone is too large"):
+        model, state = start_model(data_cfg, cfg, arch, dataset, device)
     task = Pretraining(data_cfg, cfg, model, dataset)
     with runtime_errors(task.memory_hint):
         trainer = Trainer(cfg, task, state, device)
@@ -721,6 +725,15 @@ def load_optimizer_state(optimizers, model, saved, sharded):
 
 
 # ---- evaluation, log, plot -------------------------------------------------------------------------------------------
+
+
+def say(text, end="\n"):
+    """Print a line at once. A run goes on where nobody reads it any more: Ctrl-C ends `| tee` too, and the run has yet
+    to save."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def evaluate(model, batches, device, dtype):
@@ -1196,7 +1209,10 @@ def init_distributed(device_name):
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
     patience = timedelta(minutes=10)  # with one that hangs
     backend, gpu = ("nccl", device) if on_gpu else ("gloo", None)
-    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=patience, device_id=gpu)
+    try:
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=patience, device_id=gpu)
+    except RuntimeError as e:
+        raise Failure(f"the processes did not meet: {first_line(e)}") from None
     if get_rank():
         sys.stdout = open(os.devnull, "w")
     return device

@@ -4,10 +4,12 @@ import json
 import os
 import pickle
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from model import Gemma, GemmaConfig
 from prepare import Tokenizer
-from train import read_log
+from train import read_log, read_state
 
 FLAGS = ["train.py", "--dataset=fables", *TINY, "--max_iters=20"]
 
@@ -150,6 +152,35 @@ def test_a_signal_saves_and_says_how_to_go_on(project, whole, number):
     assert losses(project / out) == losses(whole)
     seconds = [entry["seconds"] for entry in read_log(project / out / "log.jsonl")]
     assert seconds == sorted(seconds)
+
+
+def test_ctrl_c_saves_though_it_ends_the_reader_of_the_output_too(project):
+    """`python train.py | tee log.txt` in a terminal, whose Ctrl-C goes to all of them."""
+    log, command = project / "tee.txt", shlex.join([sys.executable, *FLAGS, "--out_dir=out/tee"])
+    flags = "--max_iters=2000 --eval_interval=2000"
+    shell = ["bash", "-c", f"trap : INT; {command} {flags} | tee {log.name}"]
+    process = subprocess.Popen(shell, cwd=project, stdout=subprocess.DEVNULL, start_new_session=True)
+    while not (log.exists() and "update     7" in log.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait(60)
+    assert read_state(project / "out" / "tee" / "last", {"settings": {}}, ())["step"] >= 7
+
+
+def test_a_signal_during_the_last_evaluation(project):
+    """It once let lora.py report a loss of 0, the mean of an evaluation that it had cut off."""
+    code = (
+        "import train, os, signal\nfrom config import run\nfrom model import GemmaConfig\n"
+        "plain = train.Trainer.evaluate\n"
+        "def evaluate(self):\n    loss = plain(self)\n"
+        "    if self.state.step == self.cfg.max_iters: os.kill(os.getpid(), signal.SIGTERM)\n    return loss\n"
+        "train.Trainer.evaluate = evaluate\n"
+        "run(train.main, train.PretrainConfig, train.TrainConfig, GemmaConfig)\n"
+    )
+    (project / "late.py").write_text(code)
+    result = run_script(project, "late.py", *FLAGS[1:], "--out_dir=out/late", ok=False)
+    assert result.returncode == 128 + signal.SIGTERM and "stopped after update 20" in result.stdout
 
 
 def test_a_second_ctrl_c_quits_at_once(project):

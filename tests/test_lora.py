@@ -292,6 +292,14 @@ def test_memory_scales_with_the_adapters():
     assert sum(t.numel() for t in state) == 2 * small
 
 
+@pytest.mark.parametrize("targets", ["q_proj,v_proj", "q_proj,k_proj,v_proj", "gate_proj,up_proj", "o_proj"])
+def test_some_layers_alone_answer_without_autocast(targets):
+    """A base of which a part was bfloat16 made queries of one dtype and keys of another."""
+    _, model = adapted(targets=targets)
+    cast_base_weights(model, torch.bfloat16)
+    assert len(list(model.generate(random_tokens(2, 20), 2))) == 2
+
+
 def test_base_kept_in_bfloat16_gives_the_same_gradients():
     gradients, x = [], random_tokens(2, 20)
     for kept_in in (torch.float32, torch.bfloat16):
