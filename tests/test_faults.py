@@ -172,10 +172,10 @@ def test_a_signal_during_the_last_evaluation(project):
     """It once let lora.py report a loss of 0, the mean of an evaluation that it had cut off."""
     code = (
         "import train, os, signal\nfrom config import run\nfrom model import GemmaConfig\n"
-        "plain = train.Trainer.evaluate\n"
-        "def evaluate(self):\n    loss = plain(self)\n"
-        "    if self.state.step == self.cfg.max_iters: os.kill(os.getpid(), signal.SIGTERM)\n    return loss\n"
-        "train.Trainer.evaluate = evaluate\n"
+        "plain = train.Trainer.save_checkpoints\n"
+        "def save_checkpoints(self, *best):\n"
+        "    if self.state.step == 20: os.kill(os.getpid(), signal.SIGTERM)\n    plain(self, *best)\n"
+        "train.Trainer.save_checkpoints = save_checkpoints\n"
         "run(train.main, train.PretrainConfig, train.TrainConfig, GemmaConfig)\n"
     )
     (project / "late.py").write_text(code)
