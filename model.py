@@ -245,12 +245,12 @@ class Gemma(nn.Module):
 
     def takes_flash_attention(self):
         """Whether flash_attention's kernel is there: on NVIDIA's cards since Ampere, in half precision."""
-        if self.device.type != "cuda" or torch.version.hip or self.dropout.p or self.config.head_dim > 256:
+        if self.device.type != "cuda" or torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
             return False
         amp = torch.is_autocast_enabled("cuda")
         dtype = torch.get_autocast_dtype("cuda") if amp else self.model.embed_tokens.weight.dtype
-        ampere = torch.cuda.get_device_properties(self.device).major >= 8
-        return ampere and dtype in (torch.bfloat16, torch.float16) and self.config.head_dim % 8 == 0
+        ampere, D = torch.cuda.get_device_properties(self.device).major >= 8, self.config.head_dim
+        return ampere and dtype != torch.float32 and D <= 256 and D % 8 == 0 and not self.dropout.p
 
     @torch.no_grad()
     def init_weights(self, seed, device=None):

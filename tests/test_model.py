@@ -135,6 +135,7 @@ def test_cards_and_dtypes_that_have_a_flash_kernel(monkeypatch, change):
     model = Gemma(small(), change.get("dropout", 0.0)).to(change.get("dtype", torch.bfloat16))
     monkeypatch.setattr("model.Gemma.device", torch.device("cuda"))
     monkeypatch.setattr("torch.version.hip", change.get("hip"))
+    monkeypatch.setattr("torch.backends.cuda.is_flash_attention_available", lambda: True)
     card = SimpleNamespace(major=change.get("major", 8))
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: card)
     assert model.takes_flash_attention() == (change == {})
