@@ -18,7 +18,6 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -163,12 +162,6 @@ class Block(nn.Module):
         return x + self.dropout(self.post_feedforward_layernorm(y))
 
 
-class NumParams(NamedTuple):
-    total: int
-    embedding: int  # tied with the head, so counted once
-    non_embedding: int
-
-
 class Gemma(nn.Module):
     """The model. `dropout` acts on attention weights, both residual branches and the embedding (Gemma itself: 0)."""
 
@@ -201,7 +194,8 @@ class Gemma(nn.Module):
         if cache is not None:
             positions = positions + cache.length
         elif documents is not None:
-            positions = positions - (positions * starts_of(documents)).cummax(1).values
+            begins = documents != F.pad(documents[:, :-1], (1, 0), value=-1)  # (B, T), whether a document does
+            positions = positions - (positions * begins).cummax(1).values
         rope = {
             SLIDING: rope_table(positions, config.head_dim, config.rope_local_base_freq, 1.0),
             FULL: rope_table(positions, config.head_dim, config.rope_theta, config.rope_linear_factor),
@@ -276,9 +270,7 @@ class Gemma(nn.Module):
         return self.model.embed_tokens.weight.device
 
     def num_params(self):
-        embedding = self.model.embed_tokens.weight.numel()
-        total = sum(p.numel() for p in self.parameters())
-        return NumParams(total, embedding, total - embedding)
+        return sum(p.numel() for p in self.parameters())  # the embedding is tied with the head, and counted once
 
     def flops_per_token(self, T, head=1.0):
         """Training FLOPs (forward and backward) per token at sequence length T: 6 per weight in a matrix product, 4 if
@@ -623,11 +615,6 @@ def read_tensor(file, name, device):
 # ---- fast paths: attention and the loss as each device does them best ------------------------------------------------
 
 QUERY_BLOCK = 128  # of blocked_attention
-
-
-def starts_of(documents):
-    """documents (B, T) -> whether a document begins here, (B, T)."""
-    return documents != F.pad(documents[:, :-1], (1, 0), value=-1)
 
 
 def blocked_attention(q, k, v, window, scale, dropout, documents=None):

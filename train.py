@@ -211,7 +211,8 @@ def backward(forward, micro_batches, device, dtype):
     num_targets = sum(int((y != -100).sum()) for _, y, *_ in micro_batches)
     total, mine = torch.zeros((), device=device), local_micro_batches(micro_batches)
     for i, batch in enumerate(mine):
-        set_gradient_sync(forward, i == len(mine) - 1)
+        if isinstance(forward, DistributedDataParallel):  # only an update's last backward averages over processes
+            forward.require_backward_grad_sync = i == len(mine) - 1
         with autocast(device, dtype):
             loss = forward(*to_device(batch, device), reduction="sum") / num_targets
         (loss * get_world_size()).backward()  # the mean over processes is then the sum
@@ -423,8 +424,8 @@ class Trainer:
     def save_checkpoints(self, is_best=False):
         """Save the model in folders of out_dir: "last", with the state that a run resumes from, and perhaps "best". The
         disk being full does not end a run that has a "last" to resume from."""
-        weights = full_state_dict(self.model.state_dict())
-        optimizer = full_state_dict(optimizer_state(self.optimizers, self.model))
+        state = self.model.state_dict(), optimizer_state(self.optimizers, self.model)
+        weights, optimizer = tree_map(full_tensor_on_rank0, state)  # by all processes, one tensor after the other
         self.state.settings = self.settings()
         for name in ["best"] * is_best + ["last"]:
             path = Path(self.cfg.out_dir) / name
@@ -553,12 +554,12 @@ class Pretraining:
         return f"lower batch_size, and raise gradient_accumulation_steps as much{flags}"
 
     def print_plan(self, state):
-        n, per_update = self.model.num_params(), self.data_cfg.batch_size * self.cfg.gradient_accumulation_steps
+        total, embedding = self.model.num_params() / 1e6, self.model.model.embed_tokens.weight.numel() / 1e6
+        per_update = self.data_cfg.batch_size * self.cfg.gradient_accumulation_steps
         rows, block_size = self.train_rows, self.data_cfg.block_size
         epochs = self.cfg.max_iters * per_update / len(rows)
         repeated = 1 - self.dataset.meta["train"]["tokens"] / (len(rows) * block_size)
-        print(f"model: {n.total / 1e6:.1f}M parameters, {n.embedding / 1e6:.1f}M in the tied embedding, "
-              f"{n.non_embedding / 1e6:.1f}M in the rest")  # fmt: skip
+        print(f"model: {total:.1f}M parameters, {embedding:.1f}M of them in the tied embedding")
         print(f"updates: {self.cfg.max_iters - state.step:,} of {per_update * block_size:,} tokens; {epochs:.2f} "
               f"epochs of the text in {len(rows):,} rows, {repeated:.0%} of them repeated context")  # fmt: skip
         if warmup_updates(self.cfg) >= self.cfg.max_iters:
@@ -991,19 +992,14 @@ def read_state(path, new, fixed, on_rank0=False):
     """The state of the run that left the checkpoint `path`, to go on from. new: what this run would start with; its
     dataset must be the same, and so must those of its settings that are in `fixed`; other changes are said.
     on_rank0: the other processes get the optimizer's tensors without their content."""
-    wanted = {"step": int, "tokens": int, "seconds": float, "best_val_loss": float, "evaluated": int,
-              "optimizer": dict, "settings": dict}  # fmt: skip
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of what is odd in it, one line is enough
-            where = "meta" if on_rank0 and get_rank() else "cpu"
-            state = torch.load(path / "train_state.pt", map_location=where, weights_only=True)
-        if odd := [key for key, kind in wanted.items() if not isinstance(state[key], kind)]:
-            raise ValueError(f"{odd[0]} is {type(state[odd[0]]).__name__}")
-    except Exception as e:  # a damaged file can raise anything
-        raise UserError(
-            f"{path / 'train_state.pt'} is not what this version's runs leave ({type(e).__name__}): a new run can "
-            f"start from its weights, --init_from={path}"
-        ) from None
+    wanted = {key: type(value) for key, value in NEW_STATE.items()} | {"optimizer": dict, "settings": dict}
+    odd = f"{path / 'train_state.pt'} is not what this version's runs leave; start a new one with --init_from={path}"
+    with user_errors(odd), warnings.catch_warnings(action="ignore"):  # of what is odd in it, one line is enough
+        where = "meta" if on_rank0 and get_rank() else "cpu"
+        state = torch.load(path / "train_state.pt", map_location=where, weights_only=True)
+        for key, kind in wanted.items():
+            if not isinstance(state[key], kind):
+                raise ValueError(f"{key} is {type(state[key]).__name__}")
     if None not in (state.get("dataset"), new.get("dataset")) and state["dataset"] != new["dataset"]:
         raise UserError(f"the run in {path} was trained on another dataset than what is there now: name that one, or "
                         "start a new run")  # fmt: skip
@@ -1033,7 +1029,7 @@ def resolve_out_dir(cfg):
         out_dir = Path(cfg.out_dir)
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # after a crash, by --max-restarts
         job = out_dir / ".job"
-        own = job.exists() and job.read_text() == torchrun_job()  # and not the run that was there before
+        own = job.exists() and job.read_text() == os.environ.get("TORCHELASTIC_RUN_ID")  # not the run before
         if restarted and own and intact_dir(out_dir / "last").exists():
             cfg = replace(cfg, init_from="resume")
         if cfg.init_from == "resume" or not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
@@ -1048,11 +1044,6 @@ def resolve_out_dir(cfg):
     return cfg
 
 
-def torchrun_job():
-    """What torchrun calls this job, restarts included; empty without it."""
-    return os.environ.get("TORCHELASTIC_RUN_ID", "")
-
-
 def start_out_dir(cfg):
     """Make out_dir; a run that is already there is moved aside, unless we resume it."""
     out_dir = Path(cfg.out_dir)
@@ -1062,8 +1053,8 @@ def start_out_dir(cfg):
             os.replace(out_dir, aside)
             print(f"the run that was in {out_dir} is now in {aside}")
         out_dir.mkdir(parents=True, exist_ok=True)
-        if torchrun_job():
-            (out_dir / ".job").write_text(torchrun_job())
+        if job := os.environ.get("TORCHELASTIC_RUN_ID"):  # what torchrun calls this job, restarts included
+            (out_dir / ".job").write_text(job)
     if dist.is_initialized():
         dist.barrier()
 
@@ -1265,13 +1256,6 @@ def compile_and_wrap_ddp(model, cfg):
     return DistributedDataParallel(model) if dist.is_initialized() and not cfg.fsdp else model
 
 
-def set_gradient_sync(forward, wanted):
-    """Whether the next backward shall make gradients the mean over all processes: only an update's last has to. FSDP
-    always does, as it would else hold gradients whole."""
-    if isinstance(forward, DistributedDataParallel):
-        forward.require_backward_grad_sync = wanted
-
-
 def loading_device(cfg, device):
     """Where a model is made: on `device`; with FSDP in rank 0's main memory, from which apply_fsdp deals it out."""
     return device if not cfg.fsdp else torch.device("meta" if get_rank() else "cpu")
@@ -1330,12 +1314,8 @@ def full_tensor(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def full_state_dict(tree):
-    """A tree of tensors for rank 0 to save: sharded ones made whole in turn, in main memory. To be called by all."""
-    return tree_map(full_tensor_on_rank0, tree)
-
-
 def full_tensor_on_rank0(tensor):
+    """A tensor for rank 0 to save: a sharded one made whole, in main memory."""
     whole = full_tensor(tensor)
     return whole if whole is tensor else whole.cpu() if get_rank() == 0 else None
 

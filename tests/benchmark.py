@@ -148,7 +148,7 @@ def measure(cfg):
     if cfg.job == "generate":
         # a step reads every matrix once, whatever the batch
         result["share_of_bandwidth"] = round(
-            rate / cfg.batch_size * model.num_params().total * dtype.itemsize / bandwidth(device, dtype), 2
+            rate / cfg.batch_size * model.num_params() * dtype.itemsize / bandwidth(device, dtype), 2
         )
     else:
         result["optimizer"] = cfg.optimizer
