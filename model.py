@@ -244,7 +244,7 @@ class Gemma(nn.Module):
         amp = torch.is_autocast_enabled("cuda")
         dtype = torch.get_autocast_dtype("cuda") if amp else self.model.embed_tokens.weight.dtype
         ampere, D = torch.cuda.get_device_properties(self.device).major >= 8, self.config.head_dim
-        return ampere and dtype != torch.float32 and D <= 256 and D % 8 == 0 and not self.dropout.p
+        return ampere and dtype.itemsize == 2 and D <= 256 and D % 8 == 0 and not self.dropout.p
 
     @torch.no_grad()
     def init_weights(self, seed, device=None):

@@ -168,31 +168,31 @@ def test_ctrl_c_saves_though_it_ends_the_reader_of_the_output_too(project):
     assert read_state(project / "out" / "tee" / "last", {"settings": {}}, ())["step"] >= 7
 
 
+def run_patched(project, patch, out):
+    """train.py with some of it replaced."""
+    head = "import train, os, signal\nfrom config import run\nfrom model import GemmaConfig\n"
+    main = "run(train.main, train.PretrainConfig, train.TrainConfig, GemmaConfig)\n"
+    (project / "patched.py").write_text(head + patch + main)
+    return run_script(project, "patched.py", *FLAGS[1:], f"--out_dir={out}", ok=False)
+
+
 def test_a_signal_during_the_last_evaluation(project):
     """It once let lora.py report a loss of 0, the mean of an evaluation that it had cut off."""
-    code = (
-        "import train, os, signal\nfrom config import run\nfrom model import GemmaConfig\n"
+    patch = (
         "plain = train.Trainer.save_checkpoints\n"
         "def save_checkpoints(self, *best):\n"
         "    if self.state.step == 20: os.kill(os.getpid(), signal.SIGTERM)\n    plain(self, *best)\n"
         "train.Trainer.save_checkpoints = save_checkpoints\n"
-        "run(train.main, train.PretrainConfig, train.TrainConfig, GemmaConfig)\n"
     )
-    (project / "late.py").write_text(code)
-    result = run_script(project, "late.py", *FLAGS[1:], "--out_dir=out/late", ok=False)
+    result = run_patched(project, patch, "out/late")
     assert result.returncode == 128 + signal.SIGTERM and "stopped after update 20" in result.stdout
 
 
 def test_a_second_ctrl_c_quits_at_once(project):
-    code = (
-        "import train, os, signal, sys\nfrom config import run\nfrom model import GemmaConfig\n"
-        "def slow(*_):\n    os.kill(os.getpid(), 2); os.kill(os.getpid(), 2)\n"
-        "train.Pretraining.micro_batches = slow\n"
-        "run(train.main, train.PretrainConfig, train.TrainConfig, GemmaConfig)\n"
+    patch = (
+        "def slow(*_):\n    os.kill(os.getpid(), 2); os.kill(os.getpid(), 2)\ntrain.Pretraining.micro_batches = slow\n"
     )
-    (project / "twice.py").write_text(code)
-    result = run_script(project, "twice.py", *FLAGS[1:], "--out_dir=out/twice", ok=False)
-    assert one_line(result, 130).endswith("interrupted")
+    assert one_line(run_patched(project, patch, "out/twice"), 130).endswith("interrupted")
 
 
 def test_a_torn_log_line_is_healed(project, whole):

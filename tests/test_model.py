@@ -130,7 +130,8 @@ def test_what_gpus_compute_by_flash_attention(monkeypatch):
     assert made == [step.tolist() for step in model.generate(x[:, :130], 5, temperature=0)]
 
 
-@pytest.mark.parametrize("change", [{}, {"major": 7}, {"hip": "6"}, {"dtype": torch.float32}, {"dropout": 0.1}])
+@pytest.mark.parametrize("change", [{}, {"major": 7}, {"hip": "6"}, {"dtype": torch.float32}, {"dtype": torch.float64},
+                                    {"dropout": 0.1}])  # fmt: skip
 def test_cards_and_dtypes_that_have_a_flash_kernel(monkeypatch, change):
     model = Gemma(small(), change.get("dropout", 0.0)).to(change.get("dtype", torch.bfloat16))
     monkeypatch.setattr("model.Gemma.device", torch.device("cuda"))
