@@ -33,30 +33,10 @@ import torch.nn as nn
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors.torch import save_file
 
+import train
 from config import NO_LIMIT, UserError, check_range, run, user_errors
 from model import complete, read_json, read_tensor, tensor_shapes, weights_fingerprint
 from prepare import CORPORA, Tokenizer, hub_directory, intact_dir, is_held_out, load_from_hub, read_rows
-from train import (
-    PretrainConfig,
-    Pretraining,
-    TrainConfig,
-    Trainer,
-    epoch_shuffled_indices,
-    evaluate,
-    get_rank,
-    get_world_size,
-    loading_device,
-    open_dataset,
-    open_model,
-    pick_dtype,
-    read_state,
-    resolve_out_dir,
-    runtime_errors,
-    set_up,
-    shutdown_distributed,
-    warmup_updates,
-    write_checkpoint,
-)
 
 
 @dataclass
@@ -68,7 +48,6 @@ class LoraConfig:
     rank: int = 8  # of the adapters; 0: train all weights instead
     alpha: float = 16.0  # adapters count alpha / rank
     targets: str = "all-linear"  # which linear layers, as q_proj,v_proj
-    rslora: bool = False  # adapters count alpha / sqrt(rank) instead
     lora_dropout: float = 0.0  # on the adapters' input
     epochs: float = 0.0  # over the records; 0: 3, or as many as make 100 updates
     max_records: int = 0  # use so many records; 0: all (fables: 12,000)
@@ -96,7 +75,7 @@ class LoraConfig:
 
 
 @dataclass
-class TuneConfig(TrainConfig):
+class TuneConfig(train.TrainConfig):
     """What every run of the loop needs, with defaults for tuning."""
 
     out_dir: str = ""  # where checkpoints and logs go; by default out/lora-<data>
@@ -115,14 +94,13 @@ class TuneConfig(TrainConfig):
 class LoRALinear(nn.Module):
     """A frozen linear layer with a low-rank addition: base(x) + scale * B(A(dropout(x)))."""
 
-    def __init__(self, base, rank, alpha, dropout=0.0, rslora=False):
+    def __init__(self, base, rank, alpha, dropout=0.0):
         super().__init__()
         self.base_layer = base
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=base.weight.device)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=base.weight.device)
         self.dropout = nn.Dropout(dropout)
-        self.rank, self.alpha, self.rslora = rank, alpha, rslora
-        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
+        self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # as PEFT does
         nn.init.zeros_(self.lora_B.weight)  # so that at first nothing changes
 
@@ -132,11 +110,10 @@ class LoRALinear(nn.Module):
         return base + change.to(base.dtype)
 
 
-def add_lora(model, rank=8, alpha=16, dropout=0.0, targets="all-linear", rslora=False):
+def add_lora(model, rank=8, alpha=16, dropout=0.0, targets="all-linear"):
     """Put a LoRALinear around the targeted nn.Linear modules, in place, and freeze everything else.
 
-    targets: "all-linear" or module names, as "q_proj,v_proj". The scale is alpha / rank, or alpha / sqrt(rank) with
-    rslora (Kalajdzievski 2023). Raises ValueError for a target that matches nothing."""
+    targets: "all-linear" or module names, as "q_proj,v_proj". Raises ValueError for a target that matches nothing."""
     if lora_layers(model):
         raise ValueError("the model has an adapter already: merge_lora(model) first")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -147,7 +124,7 @@ def add_lora(model, rank=8, alpha=16, dropout=0.0, targets="all-linear", rslora=
     model.requires_grad_(False)
     for name, linear in linears.items():
         if name.rpartition(".")[2] in wanted:
-            model.set_submodule(name, LoRALinear(linear, rank, alpha, dropout, rslora))
+            model.set_submodule(name, LoRALinear(linear, rank, alpha, dropout))
     return model
 
 
@@ -416,8 +393,8 @@ class InstructionTuning:
         return x, y, documents
 
     def micro_batches(self, step):
-        accumulated = self.cfg.gradient_accumulation_steps
-        taken = epoch_shuffled_indices(len(self.train_rows), accumulated * self.rows_per_batch, self.cfg.seed, step)
+        accumulated, seed = self.cfg.gradient_accumulation_steps, self.cfg.seed
+        taken = train.epoch_shuffled_indices(len(self.train_rows), accumulated * self.rows_per_batch, seed, step)
         batches = taken.reshape(accumulated, -1)
         return [self.collate(self.train_set, [self.train_rows[i] for i in batch]) for batch in batches]
 
@@ -466,10 +443,10 @@ class InstructionTuning:
         (path / "instruct.json").write_text(json.dumps({"template": self.template, **self.about}) + "\n")
 
 
-@runtime_errors(InstructionTuning.memory_hint)
+@train.runtime_errors(InstructionTuning.memory_hint)
 def main(lora_cfg, cfg):
-    cfg, device = set_up(cfg)
-    cfg = resolve_out_dir(replace(cfg, out_dir=cfg.out_dir or f"out/lora-{Path(lora_cfg.data).stem}"))
+    cfg, device = train.set_up(cfg)
+    cfg = train.resolve_out_dir(replace(cfg, out_dir=cfg.out_dir or f"out/lora-{Path(lora_cfg.data).stem}"))
     records = open_records(lora_cfg, cfg.seed)
     model, base, state = start_model(lora_cfg, cfg, records[0], device)
     tokenizer = Tokenizer.load(base)
@@ -479,7 +456,7 @@ def main(lora_cfg, cfg):
     task = InstructionTuning(lora_cfg, cfg, model, tokenizer, template, records, state["base_model"], about)
     task.cfg = cfg = fill_in(task, state["settings"])
     plain_text = open_plain_text(lora_cfg, cfg, model, tokenizer)
-    trainer = Trainer(cfg, task, state, device)
+    trainer = train.Trainer(cfg, task, state, device)
     print_plan(task)
     if cfg.init_from != "resume":  # what the report compares with must survive an interruption
         trainer.state.before = measure(trainer, plain_text)
@@ -487,14 +464,14 @@ def main(lora_cfg, cfg):
     best = intact_dir(Path(cfg.out_dir) / "best")
     load_checkpoint(model, best)
     after = measure(trainer, plain_text)
-    if get_rank() == 0:
+    if train.get_rank() == 0:
         report(task, trainer.state.before, after)
         if lora_cfg.merge:
             save_merged(task, base, best)
         model_or_adapter = shlex.quote(f"--{'adapter' if lora_cfg.rank else 'model'}={best}")
         asked = shlex.quote(f"--instruct={task.val_records[0][-2]['content'][:200].partition(chr(10))[0]}")
         print(f"next: python sample.py {model_or_adapter} {asked}")
-    shutdown_distributed()
+    train.shutdown_distributed()
 
 
 def start_model(lora_cfg, cfg, conversations, device):
@@ -506,13 +483,13 @@ def start_model(lora_cfg, cfg, conversations, device):
     if cfg.init_from == "resume":
         if not last.is_dir():
             raise UserError(f"--init_from=resume: no checkpoint in {last}")
-        state = read_state(last, state, ("optimizer", "rank", "alpha", "targets", "rslora"), cfg.fsdp)
+        state = train.read_state(last, state, ("optimizer", "rank", "alpha", "targets"), cfg.fsdp)
         if "base_model" not in state:
             raise UserError(f"--init_from=resume: the run in {last} is no instruction tuning")
     else:
         state["base_model"] = cfg.init_from
     base = last if cfg.init_from == "resume" and not lora_cfg.rank else hub_directory(state["base_model"])
-    model = open_model(base, loading_device(cfg, device))
+    model = train.open_model(base, train.loading_device(cfg, device))
     if lora_cfg.max_length > (limit := model.config.max_position_embeddings):
         raise UserError(f"max_length={lora_cfg.max_length} exceeds max_position_embeddings={limit}: lower it")
     torch.manual_seed(cfg.seed)  # draws A
@@ -522,9 +499,9 @@ def start_model(lora_cfg, cfg, conversations, device):
             load_adapter(model, last, lora_cfg.lora_dropout)
     elif lora_cfg.rank:
         with user_errors(f"--targets={lora_cfg.targets}"):
-            add_lora(model, lora_cfg.rank, lora_cfg.alpha, lora_cfg.lora_dropout, lora_cfg.targets, lora_cfg.rslora)
+            add_lora(model, lora_cfg.rank, lora_cfg.alpha, lora_cfg.lora_dropout, lora_cfg.targets)
     if not cfg.fsdp:  # which wants one dtype in a block
-        cast_base_weights(model, pick_dtype(cfg.dtype, device))
+        cast_base_weights(model, train.pick_dtype(cfg.dtype, device))
     return model, base, state
 
 
@@ -548,11 +525,11 @@ def open_plain_text(lora_cfg, cfg, model, tokenizer):
     """The text that --forgetting names, as the task whose validation shows what tuning costs; or None."""
     if not lora_cfg.forgetting:
         return None
-    dataset = open_dataset(lora_cfg.forgetting)
+    dataset = train.open_dataset(lora_cfg.forgetting)
     if dataset.tokenizer.spec["model"] != tokenizer.spec["model"]:
         raise UserError(f"--forgetting={lora_cfg.forgetting}: prepared with another tokenizer than the model has")
     block_size = min(lora_cfg.forgetting_block_size, model.config.max_position_embeddings)
-    return Pretraining(PretrainConfig(block_size=block_size), cfg, model, dataset)
+    return train.Pretraining(train.PretrainConfig(block_size=block_size), cfg, model, dataset)
 
 
 def print_plan(task):
@@ -565,8 +542,8 @@ def print_plan(task):
           f"in {len(task.train_rows):,} rows of {task.row_length}, {padding:.1%} of them padding")  # fmt: skip
     print(f"training {trainable:,} of {total:,} parameters: {cfg.max_iters:,} updates of {tokens:,.0f} tokens, "
           f"{cfg.max_iters * per_update:.1f} epochs; learning rate {cfg.learning_rate:.2g}, "
-          f"{warmup_updates(cfg):,.0f} updates of warmup")  # fmt: skip
-    if (rows := task.rows_per_batch * cfg.gradient_accumulation_steps) < get_world_size():
+          f"{train.warmup_updates(cfg):,.0f} updates of warmup")  # fmt: skip
+    if (rows := task.rows_per_batch * cfg.gradient_accumulation_steps) < train.get_world_size():
         print(f"warning: an update has {rows} rows, fewer than processes: the others have nothing to do")
 
 
@@ -586,7 +563,7 @@ def measure(trainer, plain_text):
             followed.setdefault(turn["task"], []).append(followed["all"][-1])
         results |= {f"followed: {name}": sum(outcomes) / len(outcomes) for name, outcomes in sorted(followed.items())}
     if plain_text:
-        loss = evaluate(model, plain_text.validation_batches(), trainer.device, trainer.dtype)
+        loss = train.evaluate(model, plain_text.validation_batches(), trainer.device, trainer.dtype)
         results["bits per byte on plain text"] = plain_text.metrics(loss)[0]["val_bpb"]
     shown = records[: lora_cfg.num_samples]
     limits = [task.cfg.sample_tokens] * len(shown)
@@ -617,11 +594,11 @@ def save_merged(task, base, best):
     """Save the plain model that the best checkpoint makes, in float32, to out_dir/merged."""
     if lora_layers(task.model):
         check_base(best, base)
-        task.model = merge_lora(load_adapter(open_model(base, "cpu"), best))
+        task.model = merge_lora(load_adapter(train.open_model(base, "cpu"), best))
     else:
-        task.model = open_model(best, "cpu")
+        task.model = train.open_model(best, "cpu")
     task.about = {}
-    write_checkpoint(Path(task.cfg.out_dir) / "merged", task.save_model, task.model.state_dict())
+    train.write_checkpoint(Path(task.cfg.out_dir) / "merged", task.save_model, task.model.state_dict())
 
 
 def count_parameters(model):
@@ -646,7 +623,6 @@ def save_adapter(model, path, base_model="", weights=None):
         "r": layer.rank,
         "lora_alpha": layer.alpha,
         "lora_dropout": layer.dropout.p,
-        "use_rslora": layer.rslora,
         "target_modules": sorted({name.rpartition(".")[2] for name, _ in layers}),
         "bias": "none",
         "fan_in_fan_out": False,
@@ -671,12 +647,12 @@ def load_adapter(model, path, dropout=None):
     """Put the adapter of a PEFT directory into a plain model, in place. Raises ValueError where it does not fit, or is
     more than LoRA."""
     about, weights = read_adapter_config(Path(path)), read_tensors(Path(path) / "adapter_model.safetensors")
-    rank, targets = about["r"], about["target_modules"]
+    rank, alpha, targets = about["r"], about["lora_alpha"], about["target_modules"]
     if {tuple(w.shape[:1]) for name, w in weights.items() if "lora_A" in name} != {(rank,)}:
         raise ValueError(f"adapter_model.safetensors: lora_A is not of rank {rank} throughout")
     targets = targets if isinstance(targets, str) else ",".join(targets)
     dropout = about["lora_dropout"] if dropout is None else dropout
-    add_lora(model, rank, about["lora_alpha"], dropout, targets, about["use_rslora"])
+    add_lora(model, rank, alpha * rank**0.5 if about["use_rslora"] else alpha, dropout, targets)
     ours = {key: model.get_parameter(name).data for key, name in adapter_names(model).items()}
     shapes = [{(name, tuple(w.shape)) for name, w in tensors.items()} for tensors in (weights, ours)]
     if odd := sorted(shapes[0] ^ shapes[1]):
@@ -696,7 +672,7 @@ def load_checkpoint(model, path):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict  # half a second
 
     weights, names = {}, adapter_names(model)
-    if get_rank() == 0:
+    if train.get_rank() == 0:
         weights = read_tensors(Path(path) / ("adapter_model.safetensors" if names else "model.safetensors"))
         weights = {names.get(key, key): weight for key, weight in weights.items()}
     how = {"broadcast_from_rank0": dist.is_initialized(), "strict": not names}  # an adapter is not all of the model
@@ -767,8 +743,7 @@ def check_base(adapter, base):
     wanted = read_instruct(adapter).get("base_fingerprint")  # PEFT's own have none
     if wanted and wanted != weights_fingerprint(base):
         raise UserError(
-            f"{adapter} was tuned on other weights than {base} has now, perhaps since trained again: name a copy of "
-            "the old ones by --model, or tune again"
+            f"{adapter} was tuned on other weights than {base} has now: name those by --model, or tune again"
         )
 
 

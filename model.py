@@ -285,9 +285,8 @@ class Gemma(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
-        stop_ids=(), seed=None, lengths=None,
-    ):  # fmt: skip
+        self, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_ids=(), seed=None, lengths=None
+    ):
         """Continue prompt (B, T), T >= 1: yields a (B,) tensor of token ids per step, as it is made.
 
         A row ends after max_new_tokens, with one of stop_ids, or at the model's last position, and yields -1 from then
@@ -305,7 +304,6 @@ class Gemma(nn.Module):
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         cuda_graphs = self.compiled_decode_step is not None and device.type == "cuda"
         cache = KVCache(self.config, longest, device, cuda_graphs)
-        seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=device)
         stops = torch.tensor(stop_ids, dtype=torch.int64, device=device)
         done = ends <= shortest
         tokens, forward = prompt[:, :shortest], self
@@ -313,11 +311,7 @@ class Gemma(nn.Module):
             logits = forward(tokens, cache=cache)[:, -1].float()  # (B, V)
             if logits.isnan().any():
                 raise FloatingPointError("the model's logits are NaN: its weights are damaged or too large")
-            if repetition_penalty != 1:
-                seen.scatter_(1, tokens, True)
-                penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-                logits = torch.where(seen, penalized, logits)
-            token = sample_token(logits, temperature, top_k, top_p, min_p, generator)
+            token = sample_token(logits, temperature, top_k, top_p, generator)
             if torch.distributed.is_initialized():  # processes that went on with different tokens would wait forever
                 torch.distributed.broadcast(token, 0)
             reading = position < lengths  # its own prompt
@@ -428,29 +422,18 @@ class KVCache:
         return ring.unbind()
 
 
-def sample_token(logits, temperature, top_k=None, top_p=None, min_p=None, generator=None):
-    """Draw from logits (B, V) -> (B,) token ids: from the top_k likeliest, filtered; temperature 0: the likeliest."""
+def sample_token(logits, temperature, top_k=None, top_p=None, generator=None):
+    """Draw from logits (B, V) -> (B,) token ids: from the top_k likeliest, and of these from the smallest set of mass
+    top_p, in transformers' order; temperature 0: the likeliest."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits, tokens = logits / temperature, None
-    if top_k:  # draw among these alone: much faster than among a whole vocabulary of which the most have no chance
-        logits, tokens = logits.topk(min(top_k, logits.shape[-1]))
-    drawn = torch.multinomial(filter_logits(logits, top_p, min_p).softmax(-1), 1, generator=generator)
-    return (drawn if tokens is None else tokens.gather(1, drawn))[:, 0]
-
-
-def filter_logits(logits, top_p=None, min_p=None):
-    """Set to -inf what sampling shall not draw from logits (B, V): keep the smallest set of mass top_p, then of those
-    the ones at least min_p times as likely as the likeliest. The order is transformers'."""
-    if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        probs = ordered.softmax(-1)
-        beyond = probs.cumsum(-1) - probs >= top_p  # the mass before it suffices already
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -math.inf)
-    if min_p:
+    logits, tokens, top_p = logits / temperature, None, 1 if top_p is None else top_p
+    if top_k or top_p < 1:  # the likeliest first; drawing among few is much faster than among a whole vocabulary
+        logits, tokens = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))
         probs = logits.softmax(-1)
-        logits = logits.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), -math.inf)
-    return logits
+        logits = logits.masked_fill(probs.cumsum(-1) - probs >= top_p, -math.inf)  # the mass before it suffices already
+    drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+    return (drawn if tokens is None else tokens.gather(1, drawn))[:, 0]
 
 
 def complete(model, tokenizer, prompts, max_new_tokens, **sampling):

@@ -172,24 +172,17 @@ def encode_shard(path, documents, tokenizer, bits):
 
 
 def join_shards(shards, split, tokenizer):
-    """Write the split's bin from the shards -> its counts. A document's length counts its end-of-text token."""
-    lengths, num_bytes = [], 0
+    """Write the split's bin from the shards -> its counts."""
+    counts = {"tokens": 0, "documents": 0, "bytes": 0}
     with open(shards[0].with_name(f"{split}.bin"), "wb") as f:
         for shard in shards:
             with np.load(shard) as arrays:
                 tokens = arrays[split]
-                num_bytes += int(arrays[f"{split}_bytes"])
+                counts["bytes"] += int(arrays[f"{split}_bytes"])
             f.write(tokens.tobytes())
-            lengths.append(np.diff(np.flatnonzero(tokens == tokenizer.eot), prepend=-1).astype(np.int32))
-    lengths = np.concatenate(lengths)
-    median, long = np.quantile(lengths, [0.5, 0.95], method="inverted_cdf")
-    return {
-        "tokens": int(lengths.sum(dtype=np.int64)),
-        "documents": len(lengths),
-        "bytes": num_bytes,
-        "median_document_tokens": int(median),
-        "p95_document_tokens": int(long),
-    }
+            counts["tokens"] += len(tokens)
+            counts["documents"] += int((tokens == tokenizer.eot).sum())
+    return counts
 
 
 def fingerprint(path, tokenizer):
@@ -204,13 +197,10 @@ def fingerprint(path, tokenizer):
 
 def report(out, meta):
     print(f"\n{out}: {meta['tokenizer']} with {meta['vocab_size']:,} tokens, stored as {meta['dtype']}")
-    row = "{:6}{:>14}{:>16}{:>18}{:>14}{:>18}{:>6}"
-    print(row.format("", "documents", "tokens", "bytes", "bytes/token", "median document", "95%"))
     for name in ("train", "val"):
         c = meta[name]
-        counts = (f"{c[key]:,}" for key in ("documents", "tokens", "bytes"))
-        lengths = c["median_document_tokens"], c["p95_document_tokens"]
-        print(row.format(name, *counts, f"{c['bytes'] / c['tokens']:.3f}", *lengths))
+        print(f"{name:5}: {c['documents']:,} documents, {c['tokens']:,} tokens, {c['bytes']:,} bytes, "
+              f"{c['bytes'] / c['tokens']:.3f} bytes a token")  # fmt: skip
     if meta["floor_bits_per_byte"] is not None:
         print(f"entropy floor of the validation split: {meta['floor_bits_per_byte']:.4f} bits per byte")
     recipe, name = DATA.parent / "config" / f"train_{out.name}.py", shlex.quote(out.name)
@@ -547,7 +537,7 @@ def hold_out(corpus, cfg):
         if lowest < fraction <= highest:
             break
     if lowest == highest:  # one document
-        corpus.splits, corpus.bits = split_text(text.encode(), cfg, cfg.dataset), None
+        corpus.splits, corpus.bits = split_text(text, cfg), None
         corpus.max_documents = None  # its pieces are no documents
         return
     corpus.val_fraction = min(max(fraction, math.nextafter(lowest, 1)), highest)
@@ -565,52 +555,37 @@ def is_held_out(text, fraction):
     return fraction > 0 and text_hash(text) < fraction
 
 
-PIECE_BYTES = 1 << 14
+PIECE_CHARS = 1 << 14
 
 
-def split_text(text, cfg, path):
-    """The splits of one long text, bytes: pieces of whole paragraphs, the last tenth of them held out, as in nanoGPT.
+def split_text(text, cfg):
+    """The splits of one long text: pieces of whole paragraphs, the last tenth of them held out, as in nanoGPT.
 
-    A piece stands for a document: small enough for little memory and many threads, with starts enough that a model
-    learns to write after an end-of-text token, where generation begins, and so long that few rows of train.py are
-    cut short by an end. Pieces are not stripped: together they are the text.
-    """
-    cuts, size = [0], min(PIECE_BYTES, max(1, len(text) // 20))
-    while cuts[-1] < len(text):
-        cuts.append(end_of_piece(text, cuts[-1], size))
+    A piece stands for a document: small enough for many threads, with starts enough that a model learns to write after
+    an end-of-text token, where generation begins, and so long that few rows of train.py are cut short by an end. Pieces
+    are not stripped: together they are the text."""
+    pieces, start, size = [], 0, min(PIECE_CHARS, max(1, len(text) // 20))
+    while start < len(text):
+        end = start + size
+        for mark in ("\n\n", "\n", " ") if end < len(text) else ():
+            if (found := text.rfind(mark, start + size // 2, end)) >= 0:
+                end = found + len(mark)
+                break
+        pieces.append(text[start:end])
+        start = end
     fraction = 0.1 if cfg.val_fraction is None else cfg.val_fraction
-    first = len(cuts) - 1 - max(1, round(fraction * (len(cuts) - 1)))
+    first = len(pieces) - max(1, round(fraction * len(pieces)))
     if first < 1:
-        raise UserError(f"{path}: one text of {len(text)} bytes, too short to hold out {fraction} of it")
-    share = f"{1 - cuts[first] / len(text):.1%}"
-    print(f"{path}: one text without separators, cut into {len(cuts) - 1} pieces; held out are its last {share}")
-    return {"train": partial(pieces, text, cuts[: first + 1], path), "val": partial(pieces, text, cuts[first:], path)}
-
-
-def end_of_piece(text, start, size):
-    """Where a piece of UTF-8 ends: after the last blank line, else line, else space in its second half."""
-    end = min(start + size, len(text))
-    for mark in (b"\n\n", b"\n\r\n", b"\n", b" ") if end < len(text) else ():
-        if (found := text.rfind(mark, start + size // 2, end)) >= 0:
-            return found + len(mark)
-    while end < len(text) and text[end] & 0xC0 == 0x80:  # inside a character
-        end += 1
-    return end
-
-
-def pieces(text, cuts, path):
-    for start, end in itertools.pairwise(cuts):
-        yield decode(text, start, end, path)
+        raise UserError(f"{cfg.dataset}: one text of {len(text)} characters, too short to hold out {fraction} of it")
+    print(f"{cfg.dataset}: one text without separators, cut into {len(pieces)} pieces; held out are the last "
+          f"{len(pieces) - first}")  # fmt: skip
+    return {"train": pieces[:first].__iter__, "val": pieces[first:].__iter__}
 
 
 def open_files(path, cfg):
     files = source_files(path)
     if not files:
         raise UserError(f"{path}: no {', '.join(SUFFIXES)} file here")
-    if len(files) == 1 and files[0].suffix.lower() == ".txt" and cfg.val_fraction != 0:
-        text = map_file(files[0])
-        if text and text.find(find_separator(text, os.fsencode(cfg.separator))) < 0:
-            return split_text(text, cfg, path)
     held_out = [f for f in files if names_split("val|valid|validation|dev", f, path)]
     if held_out and (tests := [f for f in files if names_split("test", f, path)]):
         print(f"{path}: left out, as tests: {', '.join(f.name for f in tests)}")
@@ -646,33 +621,21 @@ def read_files(files, cfg):
 
 def read_txt(path, separator):
     """The documents of a text file, one at a time, so that its size does not matter."""
-    text, start = map_file(path), 0
-    separator = find_separator(text, separator)
-    while start < len(text):
-        end = text.find(separator, start)
-        end = len(text) if end < 0 else end
-        if document := decode(text, start, end, path).strip():
-            yield document
-        start = end + len(separator)
-
-
-def find_separator(text, separator):
-    """The separator as this text spells it, which may end its lines as Windows does."""
-    crlf = separator.replace(b"\n", b"\r\n")
-    return crlf if text.find(separator) < 0 <= text.find(crlf) else separator
-
-
-def map_file(path):
-    """A file's bytes, read when they are looked at."""
-    with open(path, "rb") as f:
-        return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(path) else b""
-
-
-def decode(text, start, end, path):
-    try:
-        return text[start:end].decode("utf-8").removeprefix("\ufeff")  # the mark that Windows puts before a text
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8 at byte {start + e.start}; convert it, as with iconv") from None
+    if not os.path.getsize(path):
+        return
+    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        start, windows = 0, separator.replace(b"\n", b"\r\n")  # how Windows ends lines
+        separator = windows if text.find(separator) < 0 <= text.find(windows) else separator
+        while start < len(text):
+            end = text.find(separator, start)
+            end = len(text) if end < 0 else end
+            try:
+                document = text[start:end].decode("utf-8").removeprefix("\ufeff").strip()  # a mark of Windows
+            except UnicodeDecodeError as e:
+                raise UserError(f"{path}: not UTF-8 at byte {start + e.start}; convert it, as with iconv") from None
+            if document:
+                yield document
+            start = end + len(separator)
 
 
 def read_rows(path):

@@ -42,8 +42,6 @@ class SampleConfig:
     temperature: float = 0.8  # 0: always the likeliest token; 1: as the model has it
     top_k: int = 0  # draw from the k likeliest tokens; 0: from all
     top_p: float = 1.0  # draw from the smallest set of tokens with this mass
-    min_p: float = 0.0  # drop tokens less than min_p times as likely as the likeliest
-    repetition_penalty: float = 1.0  # above 1: tokens seen before become less likely
     seed: int = 1337  # the same seed gives the same text
     interactive: bool = False  # read lines from the terminal: beginnings to continue, or with an adapter a conversation
     export_gguf: str = ""  # write the model, with the adapter merged in, to this file instead of sampling
@@ -55,9 +53,7 @@ class SampleConfig:
 
     def __post_init__(self):
         check_range(self, 1, NO_LIMIT, "num_samples")
-        check_range(self, 0, 1, "min_p")
         check_range(self, 1e-6, 1, "top_p")
-        check_range(self, 1e-3, 1e3, "repetition_penalty")
         if self.gguf_type not in ("f32", "bf16", "f16", "q8_0"):
             raise ValueError(f"gguf_type={self.gguf_type!r} must be f32, bf16, f16 or q8_0")
         if self.export_gguf and not (folder := Path(self.export_gguf).parent).is_dir():
@@ -164,7 +160,7 @@ class Writer:
         started, printed = time.perf_counter(), 0
         steps = self.model.generate_batch(
             [ids] * cfg.num_samples, cfg.max_new_tokens, stops, temperature=cfg.temperature, top_k=cfg.top_k,
-            top_p=cfg.top_p, min_p=cfg.min_p, repetition_penalty=cfg.repetition_penalty, seed=cfg.seed,
+            top_p=cfg.top_p, seed=cfg.seed,
         )  # fmt: skip
         for made in steps:
             if cfg.num_samples == 1:
@@ -287,9 +283,7 @@ def add_gguf_tokenizer(writer, tokenizer, num_rows):
         writer.add_token_scores([-float(ranks.get(text, len(merges))) for text in tokens])  # the highest merges first
         writer.add_add_space_prefix(False)
     else:
-        raise UserError(
-            "GGUF export knows two ways to cut words: GPT-2's (gpt2, bpe:SIZE) and Gemma's; not this tokenizer's"
-        )
+        raise UserError("GGUF export knows two ways to cut words, GPT-2's (gpt2, bpe:SIZE) and Gemma's: not this one")
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_bos_token_id(tokenizer.bos)

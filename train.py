@@ -51,7 +51,7 @@ from prepare import DATA, Tokenizer, atomic_replace_dir, hub_directory, intact_d
 class PretrainConfig:
     """What pretraining alone needs."""
 
-    dataset: str = "tinystories"  # data/<dataset>, or the one prepared set whose name begins so
+    dataset: str = "tinystories"  # data/<dataset>, as prepare.py wrote it
     eval_only: bool = False  # evaluate init_from on the dataset, and stop
     compare: str = ""  # draw and print how these runs went, as out/a,out/b, and stop
     batch_size: int = 32  # rows per micro-batch
@@ -91,7 +91,6 @@ class TrainConfig:
     log_interval: int = 10  # updates between lines
     sample_tokens: int = 256  # longest sample
     wandb: bool = False  # mirror the log to Weights & Biases
-    tensorboard: bool = False  # mirror the log to TensorBoard
     # system
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # bfloat16 (autocast over float32 weights), float32; auto: bfloat16 where it is fast
@@ -292,8 +291,8 @@ class Trainer:
             micro_batches = task.micro_batches(state.step)
             while not self.stop_requested():
                 due = state.step % cfg.eval_interval == 0 or state.step >= cfg.max_iters
-                if due and state.evaluated != state.step and not self.evaluate_and_save():
-                    continue  # a signal came
+                if due and state.evaluated != state.step:
+                    self.evaluate_and_save()
                 if state.step >= cfg.max_iters:
                     self.stop_requested()  # during the last evaluation
                     break
@@ -313,7 +312,6 @@ class Trainer:
             if self.stop_signal:
                 state.seconds = time.perf_counter() - self.started
                 self.save_checkpoints()
-        self.noted_signal = 0  # evaluations from here on are whole
         if self.write_errors:
             raise Failure(f"{len(self.write_errors)} writes failed, the last of them: {self.write_errors[-1]}")
         if self.stop_signal:
@@ -344,14 +342,12 @@ class Trainer:
 
     def evaluate(self):
         """The validation loss in nats per target."""
-        return evaluate(self.model, self.until_signal(self.task.validation_batches()), self.device, self.dtype)
+        return evaluate(self.model, self.task.validation_batches(), self.device, self.dtype)
 
     def evaluate_and_save(self):
-        """Evaluate, log, sample and save -> whether this was done, or cut off by a signal."""
+        """Evaluate, log, sample and save."""
         paused, state = time.perf_counter(), self.state
         loss = self.evaluate()
-        if self.noted_signal and get_world_size() == 1:
-            return False
         is_best = loss < state.best_val_loss
         state.best_val_loss = loss if is_best else state.best_val_loss
         state.evaluated, state.seconds = state.step, time.perf_counter() - self.started
@@ -368,7 +364,6 @@ class Trainer:
         self.try_write(self.write_summary, metrics)
         self.save_checkpoints(is_best)
         self.last_line.at += time.perf_counter() - paused  # speed is that of training alone
-        return True
 
     def start_clock(self):
         self.last_line = SimpleNamespace(at=time.perf_counter(), step=self.state.step, tokens=self.state.tokens)
@@ -481,13 +476,6 @@ class Trainer:
         if all_reduce_sum(torch.tensor(self.noted_signal), self.device).item():
             self.stop_signal = self.noted_signal or signal.SIGTERM
         return bool(self.stop_signal)
-
-    def until_signal(self, batches):
-        """The batches of an evaluation, until a signal comes. Several processes go on: all have to do the same."""
-        for batch in batches:
-            if self.noted_signal and get_world_size() == 1:
-                return
-            yield batch
 
 
 class Pretraining:
@@ -606,26 +594,21 @@ def start_model(data_cfg, cfg, arch, dataset, device):
         if home.type != "meta":
             model.init_weights(cfg.seed, device)
     else:
-        checkpoint = (
-            intact_dir(Path(cfg.out_dir) / "last") if cfg.init_from == "resume" else hub_directory(cfg.init_from)
-        )
+        last = intact_dir(Path(cfg.out_dir) / "last")
+        checkpoint = last if cfg.init_from == "resume" else hub_directory(cfg.init_from)
         if not checkpoint.is_dir():
             raise UserError(f"--init_from={cfg.init_from}: no checkpoint in {checkpoint}")
         model = open_model(checkpoint, home, dropout=data_cfg.dropout)
         if Tokenizer.load(checkpoint).spec["model"] != tokenizer.spec["model"]:
-            raise UserError(
-                f"the tokenizer of {checkpoint} is not that of the dataset: prepare it with --tokenizer={checkpoint}"
-            )
+            raise UserError(f"the dataset's tokenizer is not the model's: prepare it with --tokenizer={checkpoint}")
         refuse_another_architecture(arch, model.config, checkpoint)
         if cfg.init_from == "resume":
             state = read_state(checkpoint, state, fixed=("optimizer",), on_rank0=cfg.fsdp)
     config = model.config
     if meta["vocab_size"] > config.vocab_size:
         raise UserError(f"the tokenizer's {meta['vocab_size']} entries do not fit into vocab_size={config.vocab_size}")
-    if data_cfg.block_size > config.max_position_embeddings:
-        raise UserError(
-            f"block_size={data_cfg.block_size} exceeds max_position_embeddings={config.max_position_embeddings}"
-        )
+    if data_cfg.block_size > (limit := config.max_position_embeddings):
+        raise UserError(f"block_size={data_cfg.block_size} exceeds max_position_embeddings={limit}: lower it")
     return model, state
 
 
@@ -761,10 +744,10 @@ def num_tokens(targets):
 
 
 class Log:
-    """log.jsonl, one object a line, and its mirrors, open between `with` and its end. Resuming drops the lines after
+    """log.jsonl, one object a line, and its mirror, open between `with` and its end. Resuming drops the lines after
     the checkpoint's step."""
 
-    run = board = None
+    run = None
     torn = False  # whether the last line's writing failed
 
     def __init__(self, cfg, step):
@@ -778,10 +761,6 @@ class Log:
             import wandb
 
             self.run = wandb.init(project="nanogemma", name=out_dir.name, config=asdict(cfg))
-        if cfg.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(out_dir / "tensorboard", purge_step=step + 1)
 
     def __enter__(self):
         return self
@@ -789,8 +768,6 @@ class Log:
     def __exit__(self, *_):
         if self.run:
             self.run.finish()
-        if self.board:
-            self.board.close()
 
     def write(self, entry):
         entry = finite(entry)
@@ -799,12 +776,9 @@ class Log:
         with open(self.path, "a") as f:
             f.write(line)
         self.torn = False
-        numbers = {k: v for k, v in entry.items() if isinstance(v, int | float) and k != "step"}
         if self.run:
+            numbers = {k: v for k, v in entry.items() if isinstance(v, int | float) and k != "step"}
             self.run.log(numbers, step=entry["step"])
-        if self.board:
-            for key, value in numbers.items():
-                self.board.add_scalar(f"{entry['event']}/{key}", value, entry["step"])
 
 
 def finite(entry):
@@ -901,21 +875,13 @@ class Dataset(NamedTuple):
 
 
 def open_dataset(name):
-    """data/<name>, or the one prepared set whose name begins so."""
+    """data/<name>, as prepare.py wrote it."""
     with user_errors(f"--dataset={name!r}"):
         path = intact_dir(DATA / name)
         if not (path / "meta.json").exists():
-            found = [p.parent for p in DATA.glob("*/meta.json") if p.parent.name.startswith(name)]
-            found = [p for p in found if p.suffix not in (".part", ".replaced")]
-            if len(found) > 1:
-                raise UserError(f"--dataset={name}: which of {', '.join(sorted(p.name for p in found))}?")
-            if not found or not name:
-                half = ", whose preparation was cut off" if path.with_name(f"{path.name}.part").exists() else ""
-                raise UserError(
-                    f"--dataset={name}: no such set in {DATA}{half}; make it with python prepare.py --dataset={name}"
-                )
-            path = found[0]
-            print(f"dataset: {path}")
+            half = ", whose preparation was cut off" if path.with_name(f"{path.name}.part").exists() else ""
+            make = f"python prepare.py --dataset={name}"
+            raise UserError(f"--dataset={name}: no such set in {DATA}{half}; make it with {make}")
     tokenizer = Tokenizer.load(path)
     with user_errors(f"{path / 'meta.json'} does not describe what is here, prepare it again"):
         meta = read_json(path / "meta.json")
@@ -1149,9 +1115,8 @@ def set_up(cfg):
     else:
         device = pick_device(cfg.device)
     dtype = str(pick_dtype(cfg.dtype, device)).removeprefix("torch.")
-    for package in ("wandb", "tensorboard"):  # where one is missing, before anything is touched
-        if getattr(cfg, package):
-            importlib.import_module(package)
+    if cfg.wandb:  # where it is missing, before anything is touched
+        importlib.import_module("wandb")
     cfg = replace(cfg, compile=cfg.compile and can_compile(device))
     processes = f" in {get_world_size()} processes" if get_world_size() > 1 else ""
     print(f"device: {device}{processes}, {dtype}, {'compiled' if cfg.compile else 'not compiled'}")

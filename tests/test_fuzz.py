@@ -67,7 +67,7 @@ def odd_value(kind, rng):
 
 
 # these reach outside, take long by their nature, or ask for another machine
-LEFT_ALONE = {"interactive", "compile", "wandb", "tensorboard", "max_iters", "epochs", "num_checked",
+LEFT_ALONE = {"interactive", "compile", "wandb", "max_iters", "epochs", "num_checked",
               "max_records", "max_documents", "num_samples", "max_new_tokens", "sample_tokens", "device",
               "export_gguf", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
               "head_dim", "vocab_size", "gradient_accumulation_steps", "batch_size", "block_size", "rank",

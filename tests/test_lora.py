@@ -60,11 +60,11 @@ def random_tokens(*shape):
     return torch.randint(0, 97, shape, generator=torch.Generator().manual_seed(1))
 
 
-def adapted(rslora=False, targets="all-linear"):
+def adapted(targets="all-linear"):
     """A base model and the same with an adapter that does something."""
     base, model = base_model(), base_model()
     torch.manual_seed(3)
-    add_lora(model, 3, 7.0, targets=targets, rslora=rslora)
+    add_lora(model, 3, 7.0, targets=targets)
     for _, layer in lora_layers(model):
         torch.nn.init.normal_(layer.lora_B.weight, std=0.05)
     return base, model
@@ -79,10 +79,9 @@ def test_a_new_adapter_changes_nothing():
     assert torch.equal(base_model()(x), add_lora(base_model(), 4, 8.0)(x))
 
 
-@pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("targets", ["all-linear", "q_proj,v_proj"])
-def test_our_adapter_opens_in_peft_with_our_logits(tmp_path, rslora, targets):
-    base, model = adapted(rslora, targets)
+def test_our_adapter_opens_in_peft_with_our_logits(tmp_path, targets):
+    base, model = adapted(targets)
     base.save_pretrained(tmp_path / "base")
     save_adapter(model, tmp_path / "adapter", "base")
     peer = PeftModel.from_pretrained(Gemma3ForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
