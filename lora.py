@@ -124,7 +124,7 @@ def add_lora(model, rank=8, alpha=16, dropout=0.0, targets="all-linear"):
     model.requires_grad_(False)
     for name, linear in linears.items():
         if name.rpartition(".")[2] in wanted:
-            model.set_submodule(name, LoRALinear(linear, rank, alpha, dropout))
+            model.set_submodule(name, LoRALinear(linear, rank, alpha, dropout).train(linear.training))
     return model
 
 
@@ -136,7 +136,7 @@ def merge_lora(model):
         delta = layer.lora_B.weight.float() @ layer.lora_A.weight.float() * layer.scale
         base.weight.copy_(base.weight.float() + delta)
         model.set_submodule(name, base)
-    return model
+    return model.requires_grad_(True)
 
 
 def lora_layers(model):
@@ -456,7 +456,7 @@ def main(lora_cfg, cfg):
     task = InstructionTuning(lora_cfg, cfg, model, tokenizer, template, records, state["base_model"], about)
     task.cfg = cfg = fill_in(task, state["settings"])
     plain_text = open_plain_text(lora_cfg, cfg, model, tokenizer)
-    trainer = train.Trainer(cfg, task, state, device)
+    trainer = train.Trainer(task, state, device)
     print_plan(task)
     if cfg.init_from != "resume":  # what the report compares with must survive an interruption
         trainer.state.before = measure(trainer, plain_text)
@@ -483,9 +483,9 @@ def start_model(lora_cfg, cfg, conversations, device):
     if cfg.init_from == "resume":
         if not last.is_dir():
             raise UserError(f"--init_from=resume: no checkpoint in {last}")
-        state = train.read_state(last, state, ("optimizer", "rank", "alpha", "targets"), cfg.fsdp)
+        state = train.read_state(last, state, ("optimizer", "rank", "alpha", "targets", "template"), cfg.fsdp)
         if "base_model" not in state:
-            raise UserError(f"--init_from=resume: the run in {last} is no instruction tuning")
+            raise UserError(f"--init_from=resume: the run in {last} is not an instruction tuning")
     else:
         state["base_model"] = cfg.init_from
     base = last if cfg.init_from == "resume" and not lora_cfg.rank else hub_directory(state["base_model"])
@@ -511,12 +511,12 @@ def fill_in(task, before):
     lora_cfg, cfg = task.lora_cfg, task.cfg
     per_epoch = len(task.train_rows) / task.rows_per_batch / cfg.gradient_accumulation_steps
     max_iters = max(1, round(per_epoch * (lora_cfg.epochs or max(3, 100 / per_epoch))))
-    open_settings = {
+    defaults = {
         "max_iters": max_iters,
         "learning_rate": (1.0 if lora_cfg.rank else 0.1) / task.model.config.hidden_size,
         "eval_interval": math.ceil(per_epoch),
     }
-    filled_in = {key: before.get(key) or value for key, value in open_settings.items() if getattr(cfg, key) is None}
+    filled_in = {key: before.get(key) or value for key, value in defaults.items() if getattr(cfg, key) is None}
     with user_errors("at the default rate"):
         return replace(cfg, **filled_in)
 
@@ -603,7 +603,7 @@ def save_merged(task, base, best):
 
 def count_parameters(model):
     """(trained, all)"""
-    return tuple(sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), model.num_params()
 
 
 # ---- adapters on disk, in PEFT's format, and what a checkpoint says of itself ----------------------------------------
@@ -696,9 +696,9 @@ def read_adapter_config(path):
         raise ValueError(f"adapter_config.json: peft_type={about.get('peft_type')!r}, only LORA can be read")
     for key, kinds in ADAPTER_FIELDS.items():
         if type(about.get(key)) not in kinds:
-            raise ValueError(f"adapter_config.json: {key}={about.get(key)!r} is no {kinds[-1].__name__}")
+            raise ValueError(f"adapter_config.json: {key}={about.get(key)!r} is not of type {kinds[-1].__name__}")
     if not all(isinstance(target, str) for target in about["target_modules"]):
-        raise ValueError("adapter_config.json: target_modules are no names")
+        raise ValueError("adapter_config.json: target_modules are not names")
     for key in about.keys() - ADAPTER_FIELDS.keys() - OTHER_FIELDS:
         if about[key] and about[key] not in PLAIN.get(key, []):
             raise ValueError(f"adapter_config.json: {key}={about[key]!r} is more than plain LoRA, all that can be read")

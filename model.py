@@ -55,7 +55,7 @@ class GemmaConfig:
     rope_local_base_freq: float = 10_000.0  # RoPE base of sliding layers
     rope_linear_factor: float = 1.0  # full layers divide positions by this (8 from Gemma 3 4B up)
     rms_norm_eps: float = 1e-6  # inside every RMSNorm's root
-    bos_token_id: int | None = 2  # stands before a text; from scratch, the tokenizer's end-of-text token
+    bos_token_id: int | None = 2  # stands before a text; from scratch, all three come from the tokenizer
     eos_token_id: int | list | None = 1  # ends a text
     pad_token_id: int | None = 0  # fills up a batch
 
@@ -121,7 +121,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
-        # by one of three functions below, "fast paths", which say what they take for a mask
+        # attend: blocked_attention, flash_attention or cached_attention, below; each says what its mask is
         y = attend(q, k, v, window, self.scale, dropout, mask)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H*D) -> (B, T, C)
 
@@ -218,7 +218,7 @@ class Gemma(nn.Module):
         if targets is None:
             return F.linear(self.model.norm(x), embedding)  # (B, T, V)
         x, kept = x.flatten(0, 1), targets.flatten()
-        if documents is not None:  # instructions: the most of them is no target, and needs no head
+        if documents is not None:  # instruction tuning: most positions have no target, and skip the head
             x, kept = select_targets(x, kept)
         loss = self.loss(x, kept)
         return loss / (targets != -100).sum() if reduction == "mean" else loss
@@ -231,14 +231,15 @@ class Gemma(nn.Module):
     def compile_layers(self):
         """Compile for training the parts of forward() by themselves: one graph serves all layers of a kind, so that
         compiling takes no longer for many layers, and a layer's memory is planned apart from the others'."""
-        # of the loss: four by select_targets, in training and in evaluation, and those of plain text
+        # the loss alone has four shapes from select_targets, each with and without gradients, and those of plain text
         torch._dynamo.config.recompile_limit = 16
         for block in self.model.layers:
             block.compile(dynamic=False)
         self.loss = torch.compile(self.loss, dynamic=False)
 
     def takes_flash_attention(self):
-        """Whether flash_attention's kernel is there: on NVIDIA's cards since Ampere, in half precision."""
+        """Whether flash_attention's kernel can be used: on NVIDIA's cards since Ampere, in half precision, without
+        dropout, for a head_dim up to 256 that 8 divides."""
         if self.device.type != "cuda" or torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
             return False
         amp = torch.is_autocast_enabled("cuda")
@@ -276,10 +277,9 @@ class Gemma(nn.Module):
         """Training FLOPs (forward and backward) per token at sequence length T: 6 per weight in a matrix product, 4 if
         it is frozen, and 12 * H * D per token attended to, counting the full length or window as PaLM (appendix B) and
         nanoGPT do. head: the share of tokens that go through the head."""
-        c = self.config  # the embedding counts as the head
-        matrices = sum((6 if p.requires_grad else 4) * p.numel() for p in self.parameters() if p.ndim > 1)
-        weight = self.model.embed_tokens.weight
-        matrices -= (1 - head) * (6 if weight.requires_grad else 4) * weight.numel()
+        c, embedding = self.config, self.model.embed_tokens.weight  # which counts as the head
+        shares = ((p, head if p is embedding else 1.0) for p in self.parameters() if p.ndim > 1)
+        matrices = sum(share * (6 if p.requires_grad else 4) * p.numel() for p, share in shares)
         attended = sum(min(T, c.sliding_window) if kind == SLIDING else T for kind in c.layer_types)
         return matrices + 12 * c.num_attention_heads * c.head_dim * attended
 
@@ -341,8 +341,8 @@ class Gemma(nn.Module):
     def compile_step(self):
         """Compile the step that makes one token, for every later generate(): on GPUs as a CUDA graph; on CPUs with the
         weights frozen into it, in the order in which their products read them fastest, so they must not change."""
-        # as an option of torch.compile it would come too late; it must not meet the cache's marks for CUDA graphs:
-        # together they make wrong tokens (PyTorch 2.13)
+        # freezing as an option of torch.compile takes effect too late; on GPUs it stays off: with the static addresses
+        # of the cache it makes wrong tokens (PyTorch 2.13)
         torch._inductor.config.freezing = self.device.type == "cpu"
         cuda_graphs = self.device.type == "cuda"
         self.compiled_decode_step = torch.compile(self.forward, options={"triton.cudagraphs": cuda_graphs})
@@ -368,7 +368,7 @@ class Gemma(nn.Module):
         if device.type != "meta":
             weights = {ours: read_tensor(file, name, device).to(dtype) for ours, (file, name) in found.items()}
             model.load_state_dict(weights, assign=True)
-        return model.requires_grad_(True)
+        return model.eval()
 
     def save_pretrained(self, path, weights=None):
         """Write config.json, generation_config.json and model.safetensors into the directory `path`. weights: a state
@@ -481,7 +481,7 @@ def check_config(c):
         require(fits, f"{f.name}={value!r} must be of type {getattr(f.type, '__name__', f.type)}")
         for number in value if is_id and isinstance(value, list) else [value]:
             if is_id and number is not None:
-                require(type(number) is int and 0 <= number < 2**31, f"{f.name}={value!r} is no token id")
+                require(type(number) is int and 0 <= number < 2**31, f"{f.name}={value!r} is not a token id")
             elif type(number) in (int, float):
                 require(0 < number < 2**31, f"{f.name}={value!r} must be a number above 0")
     require(c.num_hidden_layers <= 1000, f"num_hidden_layers={c.num_hidden_layers} is more than any Gemma 3 has")
@@ -491,7 +491,7 @@ def check_config(c):
     known = ", ".join(ACTIVATIONS)
     require(c.hidden_activation in ACTIVATIONS, f"hidden_activation={c.hidden_activation!r} must be one of {known}")
     heads, shared = c.num_attention_heads, c.num_key_value_heads
-    require(heads % shared == 0, f"num_attention_heads={heads} is no multiple of num_key_value_heads={shared}")
+    require(heads % shared == 0, f"num_attention_heads={heads} is not a multiple of num_key_value_heads={shared}")
     require(c.head_dim % 2 == 0, f"head_dim={c.head_dim} is odd, but RoPE rotates pairs: make it even")
     window, limit = c.sliding_window, c.max_position_embeddings
     require(window <= limit, f"sliding_window={window} is larger than max_position_embeddings={limit}: lower it")

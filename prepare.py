@@ -284,7 +284,7 @@ class Tokenizer:
 
     def __init__(self, spec, config=None):
         """spec: the dict of a tokenizer.json. config: of the tokenizer_config.json that came with it, if one did."""
-        # lengths to cut and to fill up to are of the fine-tuning that left them there
+        # truncation and padding are leftovers of someone's fine-tuning
         self.spec = spec = spec | {"truncation": None, "padding": None}
         self.config = config or {}
         special = {t["content"]: t["id"] for t in spec["added_tokens"] if t["special"]}
@@ -327,7 +327,7 @@ class Tokenizer:
 
     def save(self, path):
         """Write the files that transformers' AutoTokenizer opens: tokenizer.json and tokenizer_config.json."""
-        if not self.spec.get("post_processor"):  # other programs too shall begin a text after what ours begin after
+        if not self.spec.get("post_processor"):  # so that other programs start texts with our token
             hf = tokenizers.Tokenizer(models.BPE())
             special_tokens = [(self.bos_token, self.bos)]
             hf.post_processor = processors.TemplateProcessing(f"{self.bos_token} $A", special_tokens=special_tokens)
@@ -368,7 +368,7 @@ class Tokenizer:
 
 
 def byte_level_bpe(spec, special):
-    """The tiktoken encoding equal to a tokenizer.json, or None where it is no plain byte-level BPE."""
+    """The tiktoken encoding equal to a tokenizer.json, or None where it is not a plain byte-level BPE."""
     model, split = {"type": "BPE"} | spec["model"], spec.get("pre_tokenizer") or {}
     steps = split.get("pretokenizers", [split])
     *before, last = steps
@@ -405,18 +405,6 @@ BYTE_TO_CHAR = {b: chr(b) for b in PRINTABLE}
 BYTE_TO_CHAR |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in BYTE_TO_CHAR)}
 
 
-def tokenizer_spec(vocab, merges, pre_tokenizer, special):
-    """The dict of a tokenizer.json for a byte-level BPE."""
-    hf = tokenizers.Tokenizer(models.BPE(vocab, merges))
-    hf.pre_tokenizer, hf.decoder = pre_tokenizer, decoders.ByteLevel()
-    spec = json.loads(hf.to_str())
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    spec["added_tokens"] = [
-        {"id": i, "content": name, **flags} for name, i in sorted(special.items(), key=lambda x: x[1])
-    ]
-    return spec
-
-
 def spec_of_tiktoken(encoding):
     """The dict of a tokenizer.json equal to a tiktoken encoding. tiktoken keeps the merged tokens only; the pair each
     came from is what its bytes merge to when just the earlier tokens are allowed."""
@@ -439,7 +427,11 @@ def spec_of_tiktoken(encoding):
         cut = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         pre_tokenizer = pre_tokenizers.Sequence([cut, byte_level])
-    return tokenizer_spec(vocab, merges, pre_tokenizer, encoding._special_tokens)
+    hf = tokenizers.Tokenizer(models.BPE(vocab, merges))
+    hf.pre_tokenizer, hf.decoder = pre_tokenizer, decoders.ByteLevel()
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    special = sorted(encoding._special_tokens.items(), key=lambda x: x[1])
+    return json.loads(hf.to_str()) | {"added_tokens": [{"id": i, "content": name, **flags} for name, i in special]}
 
 
 def printable(token):
@@ -447,15 +439,15 @@ def printable(token):
 
 
 def train_bpe(texts, vocab_size):
-    """Train a byte-level BPE of vocab_size entries, the last of them end-of-text, on an iterator of texts."""
+    """Train a byte-level BPE of vocab_size entries, the last of them end-of-text, on an iterator of texts -> the dict
+    of its tokenizer.json."""
     hf = tokenizers.Tokenizer(models.BPE())
-    hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    hf.pre_tokenizer, hf.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
     hf.train_from_iterator(texts, trainer)
-    model = json.loads(hf.to_str())["model"]
-    merges = [tuple(pair) for pair in model["merges"]]
-    return tokenizer_spec(model["vocab"], merges, hf.pre_tokenizer, {END_OF_TEXT: len(model["vocab"])})
+    hf.add_special_tokens([END_OF_TEXT])
+    return json.loads(hf.to_str())
 
 
 def make_tokenizer(name, texts):
@@ -477,9 +469,14 @@ def make_tokenizer(name, texts):
         return Tokenizer(spec_of_tiktoken(tiktoken.get_encoding(name)))
 
 
+def is_hub_id(name):
+    """Whether a name reads like USER/REPOSITORY, and nothing lies there on this disk."""
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name))) and not os.path.exists(name)
+
+
 def hub_directory(name, files=("*.json", "*.safetensors", "*.jinja")):
-    """`name` as a path; where nothing lies there and it reads like a Hub id, a download of that repository's files."""
-    if os.path.exists(name) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
+    """`name` as a path; where it is a Hub id, a download of that repository's files."""
+    if not is_hub_id(name):
         return Path(name)
     with user_errors(f"{name}: not a directory here, and not to be had from the Hugging Face Hub"):
         look_for_hub()
@@ -645,7 +642,7 @@ def read_rows(path):
     with user_errors(f"{path}: not readable as {kind}, or empty"):
         for count, row in enumerate(read_parquet(path) if kind == "parquet" else read_json_rows(path), 1):
             if not isinstance(row, dict):
-                raise ValueError(f"row {count} is no object, but {type(row).__name__}")
+                raise ValueError(f"row {count} is not an object, but {type(row).__name__}")
             yield row
         if not count:
             raise ValueError("no row in it")
@@ -689,14 +686,14 @@ def load_from_hub(name, flag, subset="", streaming=False):
     """The splits of a dataset on the Hub. flag: the setting that names it."""
     with user_errors(f"--{flag}={name}: not a file or folder here, and not to be had from the Hugging Face Hub"):
         look_for_hub()
-        import datasets  # slow to import, and only needed for the Hub, .json and .parquet
+        import datasets  # slow to import
 
         return datasets.load_dataset(name, subset or None, streaming=streaming)
 
 
 def look_for_hub():
-    """Where the Hub can't be reached, tell its library, which would else try for half a minute before it looks for what
-    it has downloaded earlier."""
+    """Where the Hub can't be reached, tell its library, which would otherwise try for half a minute before it looks
+    for what it has downloaded earlier."""
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     if "HF_HUB_OFFLINE" in os.environ:  # they have been told
         return

@@ -24,7 +24,7 @@ from pathlib import Path
 from config import NO_LIMIT, UserError, check_range, run, user_errors
 from lora import HUB_RECORDS, check_base, encode_conversation, end_of_response, load_adapter, merge_lora, template_of
 from model import SLIDING, read_json
-from prepare import GPT2_PATTERN, ON_THE_HUB, Tokenizer, hub_directory, intact_dir
+from prepare import GPT2_PATTERN, ON_THE_HUB, Tokenizer, hub_directory, intact_dir, is_hub_id
 from train import can_compile, open_model, pick_device, pick_dtype, read_log, runtime_errors
 
 
@@ -319,10 +319,6 @@ def push_to_hub(cfg, path, adapter):
             why = why.get(e.response.status_code, e.server_message or e.response.reason_phrase)
             raise UserError(f"--push_to_hub={name}: {why}") from None
     print(f"{url}: uploaded; the license in its README.md is for you to fill in")
-
-
-def is_hub_id(name):
-    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not os.path.exists(name)
 
 
 def write_repository(folder, source, name, base, is_update):

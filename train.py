@@ -7,13 +7,13 @@ Train a Gemma 3 on a prepared dataset. The one training loop of the project.
     torchrun --standalone --nproc_per_node=8 train.py config/train_tinystories_270m.py    # on every GPU of a machine
     python train.py --init_from=out/fables/best --eval_only=True --dataset=fables --block_size=224
 
-Writes out/<run>/: last/ and best/ (model directories that transformers opens), log.jsonl, loss.png, samples.txt.
+Writes out/<run>/: last/ and best/ (model directories that transformers opens), log.jsonl, summary.json, loss.png,
+samples.txt.
 """
 
 import contextlib
 import functools
 import gc
-import importlib
 import io
 import itertools
 import json
@@ -122,13 +122,13 @@ class PackedDataset:
     document that the row's end cuts off begins the next row anew, so that every token is predicted from its whole
     document at least once; one longer than a row goes on in the next.
 
-    To train on other rows, write another class with batch(rows) and __len__: the rows of an epoch, which goes through
-    their numbers in an order of its own; not one for each token."""
+    To train on other rows, write another class with batch(rows) and __len__, and name it in Pretraining.train_rows: an
+    epoch goes through its rows in an order of its own."""
 
     def __init__(self, path, meta, split, block_size, tokenizer):
         self.tokens = np.memmap(path / f"{split}.bin", dtype=meta["dtype"], mode="r")
         self.block_size, self.eot = block_size, tokenizer.eot
-        self.first = tokenizer.bos if tokenizer.bos != tokenizer.eot else None
+        self.bos = tokenizer.bos if tokenizer.bos != tokenizer.eot else None
         last, ends = len(self.tokens) - 1, document_ends(self.tokens, path / f"{split}.bin", tokenizer)
         starts, at = [], -1  # the first document has no end-of-text before it: position -1 stands for one
         while at < last:
@@ -155,8 +155,8 @@ class PackedDataset:
             x[i, skip : skip + len(text)] = text
             n = self.num_new_targets[row] if new_only else skip + len(text) - 1
             y[i, :n] = x[i, 1 : n + 1]
-        if self.first is not None:  # Gemma's own weights write nonsense without it
-            x[:, 0] = self.first
+        if self.bos is not None:  # Gemma's own weights write nonsense without it
+            x[:, 0] = self.bos
         return torch.from_numpy(x[:, :-1].copy()), torch.from_numpy(y)
 
 
@@ -203,7 +203,7 @@ def learning_rate(step, cfg):
     return min(scheduled, cfg.learning_rate * (step + 1) / max(1, warmup_updates(cfg)))
 
 
-def backward(forward, micro_batches, device, dtype):
+def accumulate_gradients(forward, micro_batches, device, dtype):
     """Add up the gradients of an update's micro-batches, which the processes share -> the mean loss in nats per target,
     a tensor on the device, which may still be at work."""
     # every target of the update weighs the same, however unevenly micro-batches and processes share them
@@ -241,23 +241,22 @@ NEW_STATE = {"step": 0, "tokens": 0, "seconds": 0.0, "best_val_loss": math.inf, 
 
 
 class Trainer:
-    """One run of training: Trainer(cfg, task).fit(). It owns device, optimizers, state, log and saving. The task owns
+    """One run of training: Trainer(task).fit(). It owns device, optimizers, state, log and saving. The task owns
     the model and its data (Pretraining below, InstructionTuning in lora.py); it provides
 
-        model, cfg                  the settings, with max_iters where max_minutes is given
+        model, cfg                  cfg: the settings; with max_minutes Trainer fills in max_iters
         floor                       the entropy floor of the validation loss in bits per byte, or None
-        memory_hint                 what to do where memory is too small
         micro_batches(step)         [(inputs, targets), ...] of an update, (B, T) int64; -100: nothing to predict here;
                                     or (inputs, targets, documents), as Gemma.forward() takes them
-        validation_batches()        an iterable of such pairs
+        validation_batches()        an iterable of such batches
         metrics(loss)               of a validation loss: {"val_loss": loss, ...} for the log, and a line to print
         sample()                    a text that the model writes, to look at
         save_model(path, weights)   write a directory that can be opened again
     """
 
-    def __init__(self, cfg, task, state=None, device=None):
+    def __init__(self, task, state=None, device=None):
         """state: of a run to go on with, as read_state returns it."""
-        self.task, self.model = task, task.model
+        self.task, self.model, cfg = task, task.model, task.cfg
         self.device = device or task.model.device
         self.dtype = pick_dtype(cfg.dtype, self.device)
         self.state = SimpleNamespace(**{**NEW_STATE, "settings": {}, **(state or {})})
@@ -298,7 +297,7 @@ class Trainer:
                     break
                 lr = self.set_learning_rate()
                 torch.manual_seed(hash((cfg.seed, state.step, get_rank())))  # dropout is a function of these alone
-                loss = backward(self.forward, micro_batches, self.device, self.dtype)
+                loss = accumulate_gradients(self.forward, micro_batches, self.device, self.dtype)
                 state.tokens += sum(num_tokens(y) for _, y, *_ in micro_batches)
                 micro_batches = task.micro_batches(state.step + 1)  # while the device is at work
                 loss, grad_norm = optimizer_step(self.optimizers, loss, cfg.grad_clip)
@@ -326,7 +325,7 @@ class Trainer:
         batches = self.task.micro_batches(0)
         times = [time.perf_counter()]
         for _ in range(9):
-            loss = backward(self.forward, batches, self.device, self.dtype)
+            loss = accumulate_gradients(self.forward, batches, self.device, self.dtype)
             optimizer_step(self.optimizers, loss, self.cfg.grad_clip)
             times.append(time.perf_counter())
         for optimizer in self.optimizers:
@@ -386,7 +385,7 @@ class Trainer:
             "seconds": round(state.seconds, 1),
             "metrics": finite(metrics | {"best_val_loss": state.best_val_loss}),
             "floor_bits_per_byte": self.task.floor,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "parameters": self.model.num_params(),
             "settings": self.settings(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "commit": commit or None,
@@ -439,11 +438,11 @@ class Trainer:
             say(f"warning: {e}; training goes on")
 
     def check_finite(self, loss, grad_norm):
-        """Log an update that was skipped; five in a row end the run."""
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        self.skipped = 0 if finite else self.skipped + 1
-        if finite:
+        """Log an update that was skipped; MAX_SKIPPED in a row end the run."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.skipped = 0
             return
+        self.skipped += 1
         step = self.state.step
         say(f"update {step}: skipped, its loss is {loss} and its gradient norm {grad_norm}")
         self.try_write(self.log.write, {"event": "skipped", "step": step, "train_loss": loss, "grad_norm": grad_norm})
@@ -568,7 +567,7 @@ def main(data_cfg, cfg, arch):
         model, state = start_model(data_cfg, cfg, arch, dataset, device)
     task = Pretraining(data_cfg, cfg, model, dataset)
     with runtime_errors(task.memory_hint):
-        trainer = Trainer(cfg, task, state, device)
+        trainer = Trainer(task, state, device)
         if data_cfg.eval_only:
             print(task.metrics(trainer.evaluate())[1])
         else:
@@ -908,9 +907,8 @@ def document_ends(tokens, path, tokenizer):
         piece = tokens[i : i + 2**24]
         if (largest := int(piece.max())) >= tokenizer.vocab_size:
             at = i + int(piece.argmax())
-            raise UserError(
-                f"{path}: token {at} is {largest}, beyond the vocabulary of {tokenizer.vocab_size}: prepare it again"
-            )
+            beyond = f"beyond the vocabulary of {tokenizer.vocab_size}"
+            raise UserError(f"{path}: token {at} is {largest}, {beyond}: prepare it again")
         ends.append(np.flatnonzero(piece == tokenizer.eot) + i)
     return np.concatenate(ends)
 
@@ -1014,6 +1012,7 @@ def start_out_dir(cfg):
     """Make out_dir; a run that is already there is moved aside, unless we resume it."""
     out_dir = Path(cfg.out_dir)
     if get_rank() == 0:
+        cfg = resolve_out_dir(cfg)  # once more for those who come without main()
         if cfg.init_from != "resume" and out_dir.exists() and any(out_dir.iterdir()):
             aside = out_dir.with_name(f"{out_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}")
             os.replace(out_dir, aside)
@@ -1115,8 +1114,8 @@ def set_up(cfg):
     else:
         device = pick_device(cfg.device)
     dtype = str(pick_dtype(cfg.dtype, device)).removeprefix("torch.")
-    if cfg.wandb:  # where it is missing, before anything is touched
-        importlib.import_module("wandb")
+    if cfg.wandb:
+        import wandb  # noqa: F401 -- where it is missing, say so before anything is touched
     cfg = replace(cfg, compile=cfg.compile and can_compile(device))
     processes = f" in {get_world_size()} processes" if get_world_size() > 1 else ""
     print(f"device: {device}{processes}, {dtype}, {'compiled' if cfg.compile else 'not compiled'}")
@@ -1203,13 +1202,13 @@ def local_micro_batches(micro_batches):
 
 
 def without_targets(batch):
-    """A batch that costs what it costs, and teaches nothing."""
+    """The batch with every target masked: the same shape and cost, no gradient."""
     x, y, *more = batch
     return [x, torch.full_like(y, -100), *more]
 
 
 def compile_and_wrap_ddp(model, cfg):
-    """The model as backward() calls it: compiled, and with gradients that are means over all processes."""
+    """The model as accumulate_gradients() calls it: compiled, and with gradients that are means over all processes."""
     if cfg.compile:
         if cfg.activation_memory < 1 and any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules()):
             raise UserError("activation_memory below 1 needs dropout=0: PyTorch would draw other numbers when it "

@@ -14,7 +14,6 @@ sliding_window_pattern = 4
 num_attention_heads = 3
 num_key_value_heads = 3
 head_dim = 64
-sliding_window = 512  # no row is longer, so attention takes the plain causal path
 max_position_embeddings = 1024
 
 # 8 rows x 224 tokens = 1,792 tokens an update. A row holds one fable and the beginning of the next: a second fable in

@@ -104,7 +104,7 @@ def training(cfg, device, dtype):
     model.train()
 
     def step():
-        loss = train.backward(model, micro_batches, device, dtype)
+        loss = train.accumulate_gradients(model, micro_batches, device, dtype)
         train.optimizer_step(optimizers, loss, loop.grad_clip)
 
     return step, cfg.batch_size * cfg.block_size, model

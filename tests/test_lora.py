@@ -121,6 +121,20 @@ def test_an_adapter_of_peft_opens_here(tmp_path, rslora):
     torch.testing.assert_close(model(x), peer(x).logits, atol=1e-4, rtol=0)
 
 
+def test_what_is_opened_draws_no_dropout_and_what_is_merged_can_be_trained(tmp_path):
+    base_model().save_pretrained(tmp_path / "base")
+    _, model = adapted()
+    for _, layer in lora_layers(model):
+        layer.dropout.p = 0.5
+    save_adapter(model, tmp_path / "adapter")
+    opened = load_adapter(Gemma.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    x = random_tokens(2, 20)
+    assert torch.equal(opened(x), opened(x)) and lora_layers(opened)[0][1].dropout.p == 0.5
+    assert not torch.equal(opened.train()(x), opened(x))
+    merge_lora(opened)(x, x).backward()
+    assert all(p.grad is not None for p in opened.parameters())
+
+
 def test_round_trip(tmp_path):
     _, model = adapted()
     save_adapter(model, str(tmp_path))

@@ -226,7 +226,7 @@ def test_a_resumed_run_trains_with_its_own_settings():
 
 def update(model, optimizers, grad_clip=1.0, x=None):
     x = torch.arange(16)[None] if x is None else x
-    loss = train.backward(model, [(x, x)], CPU, torch.float32)
+    loss = train.accumulate_gradients(model, [(x, x)], CPU, torch.float32)
     return train.optimizer_step(optimizers, loss, grad_clip)
 
 
@@ -263,7 +263,7 @@ def test_gradients_are_clipped():
 
 
 def test_a_group_has_a_rate_of_its_own():
-    trainer = train.Trainer(TrainConfig(compile=False), SimpleNamespace(model=Gemma(SMALL)), device=CPU)
+    trainer = train.Trainer(SimpleNamespace(cfg=TrainConfig(compile=False), model=Gemma(SMALL)), device=CPU)
     trainer.optimizers[1].param_groups[0]["lr_scale"] = 0.3
     lr = trainer.set_learning_rate()
     assert [o.param_groups[0]["lr"] for o in trainer.optimizers] == [lr, 0.3 * lr] and lr > 0
@@ -271,9 +271,9 @@ def test_a_group_has_a_rate_of_its_own():
 
 def test_a_trained_model_is_not_trained_at_a_rate_from_scratch(project):
     """A published model's weights did not survive the default rate of a run from scratch."""
-    assert train.Trainer(TrainConfig(compile=False), SimpleNamespace(model=Gemma(SMALL))).cfg.learning_rate == 3e-3
+    assert train.Trainer(SimpleNamespace(cfg=TrainConfig(compile=False), model=Gemma(SMALL))).cfg.learning_rate == 3e-3
     cfg = TrainConfig(compile=False, init_from="out/x/best")
-    assert train.Trainer(cfg, SimpleNamespace(model=Gemma(SMALL))).cfg.learning_rate == 1e-4
+    assert train.Trainer(SimpleNamespace(cfg=cfg, model=Gemma(SMALL))).cfg.learning_rate == 1e-4
 
 
 def test_accumulation_weighs_targets_not_micro_batches():
@@ -285,7 +285,7 @@ def test_accumulation_weighs_targets_not_micro_batches():
     for size in (4, 2, 1):
         model = Gemma(SMALL).init_weights(0)
         micro_batches = [(x[i : i + size], y[i : i + size]) for i in range(0, 4, size)]
-        loss = train.backward(model, micro_batches, CPU, torch.float32)
+        loss = train.accumulate_gradients(model, micro_batches, CPU, torch.float32)
         gradients.append([loss, *(p.grad for p in model.parameters())])
     for other in gradients[1:]:
         for one, two in zip(gradients[0], other, strict=True):
@@ -293,8 +293,10 @@ def test_accumulation_weighs_targets_not_micro_batches():
 
 
 def test_dropout_differs_from_update_to_update(project, monkeypatch):
-    seeds, plain = [], train.backward
-    monkeypatch.setattr(train, "backward", lambda *args: (seeds.append(torch.initial_seed()), plain(*args))[1])
+    seeds, plain = [], train.accumulate_gradients
+    monkeypatch.setattr(
+        train, "accumulate_gradients", lambda *args: (seeds.append(torch.initial_seed()), plain(*args))[1]
+    )
     for _ in range(2):
         pretrain(project, "dropout", "--max_iters=3", "--dropout=0.1")
     assert len(set(seeds)) == 3 and seeds[:3] == seeds[3:], "a function of seed and step"
