@@ -8,9 +8,9 @@ forgetting = "fables"
 forgetting_block_size = 224
 template = "short"  # Alpaca's would cost this vocabulary some hundred tokens a record
 
-# rank 6 on all linear layers trains 87,552 of 2.25M parameters, 3.9%
-rank = 6
-alpha = 12.0
+# rank 16 on all linear layers trains 233,472 of 2.40M parameters, 9.7%; rank 6 follows two points less
+rank = 16
+alpha = 32.0
 
 # 6,000 conversations packed into 2,008 rows of 1,091 tokens, 2% of them padding: one epoch, a row an update. In rows
 # of 1,789 tokens (--max_tokens_per_batch=2048) training takes a quarter longer and 91.7% is followed, not 92 to 93%.
