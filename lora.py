@@ -413,8 +413,8 @@ class InstructionTuning:
         max_new_tokens = [min(n, limit // 2) for n in max_new_tokens]
         prompts = [encode_conversation(self.tokenizer, messages[:-1], self.template)[0] for messages in conversations]
         answers = [""] * len(prompts)
-        # answers and prompts of like length share a batch
-        order = np.lexsort(([len(ids) for ids in prompts], [round(n, -2) for n in max_new_tokens]))
+        # short answers apart from long ones, then prompts of like length together
+        order = np.lexsort(([len(ids) for ids in prompts], [n > 100 for n in max_new_tokens]))
         for batch in (order[i : i + 128] for i in range(0, len(order), 128)):
             limits = [max_new_tokens[i] for i in batch]
             # too long ones lose what was said first
