@@ -284,8 +284,10 @@ def test_held_out_documents_depend_on_their_text_alone():
 
 def test_large_vocabularies_are_stored_as_uint32(here):
     """Not byte-level BPE by tiktoken's rules, either: the documents run through `tokenizers`."""
-    vocab = {char: byte for byte, char in prepare.BYTE_TO_CHAR.items()}
-    spec = prepare.tokenizer_spec(vocab, [], prepare.pre_tokenizers.ByteLevel(), {"<eos>": 70_000})
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    how = {"pat_str": prepare.GPT2_PATTERN, "mergeable_ranks": ranks, "special_tokens": {"<eos>": 70_000}}
+    spec = prepare.spec_of_tiktoken(prepare.tiktoken.Encoding("gpt2", **how))
+    spec["pre_tokenizer"]["add_prefix_space"] = True
     (here / "big.json").write_text(json.dumps(spec))
     write_corpus(here / "c.txt")
     path, meta = prepared(dataset="c.txt", tokenizer="big.json")
