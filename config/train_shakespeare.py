@@ -1,5 +1,5 @@
-# Tiny Shakespeare, a nanoGPT user's first run: 2.061 ± 0.007 bits per byte on its last tenth (three seeds), in less than
-# four minutes on two CPU cores.
+# Tiny Shakespeare, a nanoGPT user's first run: 2.061 ± 0.007 bits per byte on its last tenth (three seeds), in less
+# than four minutes on two CPU cores.
 #
 #     python prepare.py --dataset=shakespeare.txt --tokenizer=bpe:1024
 #     python train.py config/train_shakespeare.py
