@@ -427,9 +427,10 @@ def sample_token(logits, temperature, top_k=None, top_p=None, generator=None):
     top_p, in transformers' order; temperature 0: the likeliest."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits, tokens, top_p = logits / temperature, None, 1 if top_p is None else top_p
-    if top_k or top_p < 1:  # the likeliest first; drawing among few is much faster than among a whole vocabulary
+    logits, tokens, nucleus = logits / temperature, None, top_p is not None and top_p < 1
+    if top_k or nucleus:  # the likeliest first; drawing among few is much faster than among a whole vocabulary
         logits, tokens = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))
+    if nucleus:
         probs = logits.softmax(-1)
         logits = logits.masked_fill(probs.cumsum(-1) - probs >= top_p, -math.inf)  # the mass before it suffices already
     drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)

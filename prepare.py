@@ -564,7 +564,7 @@ def split_text(text, cfg):
     pieces, start, size = [], 0, min(PIECE_CHARS, max(1, len(text) // 20))
     while start < len(text):
         end = start + size
-        for mark in ("\n\n", "\n", " ") if end < len(text) else ():
+        for mark in ("\n\n", "\n\r\n", "\n", " ") if end < len(text) else ():
             if (found := text.rfind(mark, start + size // 2, end)) >= 0:
                 end = found + len(mark)
                 break
