@@ -196,6 +196,7 @@ class Gemma(nn.Module):
         elif documents is not None:
             begins = documents != F.pad(documents[:, :-1], (1, 0), value=-1)  # (B, T), whether a document does
             positions = positions - (positions * begins).cummax(1).values
+            documents = documents.int()  # for blocked_attention
         rope = {
             SLIDING: rope_table(positions, config.head_dim, config.rope_local_base_freq, 1.0),
             FULL: rope_table(positions, config.head_dim, config.rope_theta, config.rope_linear_factor),
@@ -608,7 +609,8 @@ def blocked_attention(q, k, v, window, scale, dropout, documents=None):
     Some queries at a time multiply the keys that any of them can see, so what lies beyond a window costs nothing. On
     CPUs faster than PyTorch's flash kernel (python tests/benchmark.py --job=attention), above all backward."""
     (B, H, T, D), K = q.shape, k.shape[1]
-    positions, blocks = torch.arange(T, device=q.device), []
+    # compilers put as many int32 as float32 into a vector, and half as many int64
+    positions, blocks = torch.arange(T, device=q.device, dtype=torch.int32), []
     for start in range(0, T, QUERY_BLOCK):
         end, first = min(start + QUERY_BLOCK, T), max(0, start + 1 - window)
         q_i = q[:, :, start:end].reshape(B, K, -1, D)  # heads that share keys make one product
@@ -668,7 +670,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_w = torch.zeros_like(weight, dtype=torch.float32) if with_gradients and ctx.needs_input_grad[1] else None
         loss = torch.zeros((), device=x.device)
         rows = max(1, CHUNK * (1 if device == "cpu" else 8) // len(weight))
-        tokens = torch.arange(len(weight), device=x.device)
+        tokens = torch.arange(len(weight), device=x.device, dtype=torch.int32)
         for i in range(0, len(x), rows):
             x_i, y = x[i : i + rows].to(dtype), targets[i : i + rows, None]
             logits = F.linear(x_i, w).float()  # (rows, V)
@@ -678,7 +680,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             loss = loss + ((log_sum - logits.gather(1, index)) * kept).sum()
             if with_gradients:
                 # d loss / d logits: the probabilities, less 1 at the target
-                grad = (((logits - log_sum).exp() - (index == tokens).float()) * kept).to(dtype)
+                grad = (((logits - log_sum).exp() - (index.int() == tokens).float()) * kept).to(dtype)
                 grad_x[i : i + rows] = grad @ w
                 if grad_w is not None:
                     grad_w += grad.T @ x_i
