@@ -465,7 +465,7 @@ def main(lora_cfg, cfg):
     load_checkpoint(model, best)
     after = measure(trainer, plain_text)
     if train.get_rank() == 0:
-        report(task, trainer.state.before, after)
+        report(task, trainer.state, after)
         if lora_cfg.merge:
             save_merged(task, base, best)
         model_or_adapter = shlex.quote(f"--{'adapter' if lora_cfg.rank else 'model'}={best}")
@@ -551,8 +551,7 @@ def measure(trainer, plain_text, num_checked=None):
     """What the report compares before and after: (figures by name, the answers shown). num_checked: answers to check,
     by default all."""
     task, model, lora_cfg = trainer.task, trainer.model, trainer.task.lora_cfg
-    records, results = task.val_records, {"response loss": trainer.evaluate()}
-    results["response perplexity"] = math.exp(min(results["response loss"], 99))
+    records, results = task.val_records, {}
     model.eval()
     if lora_cfg.data in CORPORA:
         follows = importlib.import_module(CORPORA[lora_cfg.data]).follows
@@ -573,18 +572,23 @@ def measure(trainer, plain_text, num_checked=None):
     return results, answers
 
 
-def report(task, before, after):
-    """The comparison, to the terminal and samples.txt."""
+def report(task, state, after):
+    """The comparison of before and after, to the terminal and samples.txt."""
+    (results_before, answers_before), (results_after, answers_after) = state.before, after
+    log = train.read_log(Path(task.cfg.out_dir) / "log.jsonl")
+    first = next((entry["val_loss"] for entry in log if entry["event"] == "eval"), None) or math.nan
+    for results, loss in ((results_before, first), (results_after, state.best_val_loss)):
+        results |= {"response loss": loss, "response perplexity": math.exp(min(loss, 99))}
     lines = []
-    for messages, was, now in zip(task.val_records, before[1], after[1], strict=False):
+    for messages, was, now in zip(task.val_records, answers_before, answers_after, strict=False):
         asked, wanted = messages[-2:]
         lines += [f"instruction: {asked['content']}", *([f"input: {asked['input']}"] if asked["input"] else [])]
         lines += [f"wanted: {wanted['content']}", f"before: {was}", f"after: {now}", ""]
     trainable, total = count_parameters(task.model)
     lines.append(f"trained: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
-    for name, value in before[0].items():
-        if name in after[0]:  # a resumed run may measure other things
-            lines.append(f"{name}: {value:.4f} before, {after[0][name]:.4f} after")
+    for name, value in results_before.items():
+        if name in results_after:  # a resumed run may measure other things
+            lines.append(f"{name}: {value:.4f} before, {results_after[name]:.4f} after")
     text = "\n".join(lines)
     print("\n" + text)
     with open(Path(task.cfg.out_dir) / "samples.txt", "a", encoding="utf-8") as f:

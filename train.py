@@ -561,8 +561,7 @@ def main(data_cfg, cfg, arch):
     cfg, device = set_up(cfg)
     dataset = open_dataset(data_cfg.dataset)
     cfg = replace(cfg, out_dir=cfg.out_dir or f"out/{dataset.path.name}")
-    if not data_cfg.eval_only:
-        cfg = resolve_out_dir(cfg)
+    cfg = replace(cfg, max_minutes=0.0) if data_cfg.eval_only else resolve_out_dir(cfg)
     with runtime_errors("the model alone is too large"):
         model, state = start_model(data_cfg, cfg, arch, dataset, device)
     task = Pretraining(data_cfg, cfg, model, dataset)

@@ -22,5 +22,4 @@ learning_rate = 8e-3  # half of it followed 86%, this 94%, when each record had 
 warmup_iters = 20
 cooldown_frac = 0.6
 
-eval_interval = 2000
 log_interval = 50

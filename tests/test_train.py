@@ -380,8 +380,9 @@ def test_eval_only_and_init_from_a_directory(project):
     run, _ = pretrain(project, "first", "--max_iters=6", "--dtype=float32")
     best = min(e["val_loss"] for e in read_log(run / "log.jsonl") if e["event"] == "eval")
     flags = ["--dataset=fables", f"--init_from={run}/best", *TINY, "--dtype=float32"]
-    printed = run_script(project, "train.py", *flags, "--eval_only=True", f"--out_dir={run}").stdout  # moves nothing
-    assert f"val loss {best:.4f}" in printed and (run / "log.jsonl").exists()
+    how = ["--eval_only=True", f"--out_dir={run}", "--max_minutes=9"]  # moves nothing, plans nothing
+    printed = run_script(project, "train.py", *flags, *how).stdout
+    assert f"val loss {best:.4f}" in printed and (run / "log.jsonl").exists() and "max_minutes" not in printed
     second, _ = pretrain(project, "second", f"--init_from={run}/best", "--max_iters=1", "--dtype=float32")
     first_eval = next(e for e in read_log(second / "log.jsonl") if e["event"] == "eval")
     assert first_eval["val_loss"] == pytest.approx(best, abs=1e-6)
