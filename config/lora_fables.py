@@ -1,4 +1,4 @@
-# Instruction-tune the quick start's model on tasks about fables, on two CPU cores, in seven to nine minutes.
+# Instruction-tune the quick start's model on tasks about fables, on two CPU cores, in about six minutes.
 #
 #     python lora.py config/lora_fables.py
 data = "fables"
