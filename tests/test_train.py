@@ -230,10 +230,12 @@ def update(model, optimizers, grad_clip=1.0, x=None):
     return train.optimizer_step(optimizers, loss, grad_clip)
 
 
-def test_muon_and_adamw_are_those_of_torch():
-    """Over updates whose rate changes, with wide and tall matrices: to the rounding of bfloat16, in which a stack's
-    products add up in another order than those of single matrices (the quick start's shapes agree to the bit)."""
-    ours, theirs = Gemma(SMALL).init_weights(0), Gemma(SMALL).init_weights(0)
+def test_muon_and_adamw_are_those_of_torch(monkeypatch):
+    """Over steps whose rate changes, with wide and tall matrices. Both Muons orthogonalize in bfloat16, where rounding
+    depends on the CPU and on whether matrices are multiplied one by one or as a stack: their updates differed by less
+    than 1% on an Intel CPU and by 1.3% on an AMD one. So both compute in float64 here, where they agree closely."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.double)
+    ours, theirs, start = (Gemma(SMALL).init_weights(0).double() for _ in range(3))
     optimizers = make_optimizers(ours, TrainConfig(weight_decay=0.1, momentum=0.9))
     matrices = [p for name, p in theirs.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in theirs.named_parameters() if p.ndim != 2 or "embed" in name]
@@ -241,15 +243,19 @@ def test_muon_and_adamw_are_those_of_torch():
         torch.optim.Muon(matrices, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
+    x = torch.arange(16)[None]
     for step in range(4):
         for optimizer in optimizers + oracles:
             for group in optimizer.param_groups:
                 group["lr"] = 0.01 / (1 + step)
-        update(ours, optimizers)
-        update(theirs, oracles)
-    start = Gemma(SMALL).init_weights(0)
+        ours.zero_grad()
+        train.accumulate_gradients(ours, [(x, x)], CPU, torch.float32)
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            q.grad = p.grad.clone()
+        for optimizer in optimizers + oracles:
+            optimizer.step()
     for p, q, before in zip(ours.parameters(), theirs.parameters(), start.parameters(), strict=True):
-        assert (p - q).norm() < 0.01 * (p - before).norm()
+        assert (p - q).norm() < 1e-9 * (p - before).norm()
 
 
 def test_gradients_are_clipped():
