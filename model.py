@@ -2,12 +2,12 @@
 Gemma 3, every component, in one file: configuration, layers, generation with its KV cache, loading and saving.
 
     model = Gemma.from_pretrained("out/fables/best")           # any Gemma 3 directory in the Hugging Face format
-    loss = model(tokens, targets)                              # (B, T), (B, T) -> mean cross-entropy in nats
-    for token in model.generate(prompt, max_new_tokens=100):   # (B, T) -> a (B,) tensor per step, as they are made
+    loss = model(tokens, labels)                               # (B, T), (B, T) -> mean cross-entropy in nats
+    for token in model.generate(prompt, max_new_tokens=100):   # (B, T) -> a (B,) tensor per step
         ...
 
-Module and config names are those of transformers' Gemma3ForCausalLM, so its checkpoints load by a strict
-load_state_dict and what we save opens there. The mathematics follows google/gemma_pytorch (gemma/model.py) and
+Modules and settings have the names of transformers' Gemma3ForCausalLM, so its checkpoints load by a strict
+load_state_dict, and it opens ours. The mathematics follows google/gemma_pytorch (gemma/model.py) and
 transformers (modeling_gemma3.py).
 
 Letters in shapes: B batch, T time, C hidden_size, H attention heads, K key/value heads, D head_dim, V vocabulary.
@@ -18,6 +18,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -27,21 +28,21 @@ from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-# by transformers' names: x -> same shape
+# x -> a tensor of the same shape, by transformers' names
 ACTIVATIONS = {
-    # x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), written with sigmoid(2 y) = (1 + tanh y) / 2, which costs one exp
+    # x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), with (1 + tanh y) / 2 written as sigmoid(2 y), which takes one exp
     "gelu_pytorch_tanh": lambda x: x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)),
 }
 
 
 @dataclass
 class GemmaConfig:
-    """The shape of a model, in Hugging Face's names. The defaults are Gemma 3 270M."""
+    """The architecture, in Hugging Face's names, as config.json stores it. The defaults are Gemma 3 270M."""
 
     vocab_size: int = 262144  # rows of the embedding; when training from scratch, the tokenizer's size rounded up
     hidden_size: int = 640  # width of the residual stream
     intermediate_size: int = 2048  # width of the gated MLP
-    hidden_activation: str = "gelu_pytorch_tanh"  # of the MLP's gate: a name in model.py's ACTIVATIONS
+    hidden_activation: str = "gelu_pytorch_tanh"  # activation of the MLP's gate, a name in model.py's ACTIVATIONS
     num_hidden_layers: int = 18  # blocks
     num_attention_heads: int = 4  # query heads
     num_key_value_heads: int = 1  # key/value heads, each shared by a group of query heads
@@ -49,13 +50,13 @@ class GemmaConfig:
     query_pre_attn_scalar: int | None = None  # attention scale is this to the -1/2; None: head_dim
     max_position_embeddings: int = 32768  # longest sequence
     sliding_window: int = 512  # a query of a sliding layer sees itself and the window - 1 tokens before it
-    sliding_window_pattern: int = 6  # every n-th layer attends to everything, the others slide
-    layer_types: list | None = None  # the kind of each layer, spelled out; None: from sliding_window_pattern
+    sliding_window_pattern: int = 6  # every n-th layer attends to all tokens before, the others slide
+    layer_types: list | None = None  # kind of each layer; None: from sliding_window_pattern
     rope_theta: float = 1_000_000.0  # RoPE base of full layers
     rope_local_base_freq: float = 10_000.0  # RoPE base of sliding layers
     rope_linear_factor: float = 1.0  # full layers divide positions by this (8 from Gemma 3 4B up)
     rms_norm_eps: float = 1e-6  # inside every RMSNorm's root
-    bos_token_id: int | None = 2  # stands before a text; from scratch, all three come from the tokenizer
+    bos_token_id: int | None = 2  # begins a text; from scratch, all three ids come from the tokenizer
     eos_token_id: int | list | None = 1  # ends a text
     pad_token_id: int | None = 0  # fills up a batch
 
@@ -95,6 +96,61 @@ def apply_rope(x, rope):
     return torch.cat((rotated_a, rotated_b), dim=-1).type_as(x)
 
 
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+QUERY_BLOCK = 128  # queries in a block of blocked_attention()
+
+
+def blocked_attention(q, k, v, window, scale, dropout, doc_ids=None):
+    """Causal attention of q (B, H, T, D) to k, v (B, K, T, D). Each query sees the last `window` keys up to its own;
+    with doc_ids (B, T) only those of its own document.
+
+    A block of queries multiplies only the keys that one of them can see, so keys outside the window cost nothing. On
+    CPUs this is faster than PyTorch's flash kernel, most of all backward (tests/benchmark.py --job=attention)."""
+    (B, H, T, D), K = q.shape, k.shape[1]
+    # a CPU's vector holds as many int32 as float32, but half as many int64
+    positions, blocks = torch.arange(T, device=q.device, dtype=torch.int32), []
+    for start in range(0, T, QUERY_BLOCK):
+        end, first = min(start + QUERY_BLOCK, T), max(0, start + 1 - window)
+        q_i = q[:, :, start:end].reshape(B, K, -1, D)  # heads that share keys make one product
+        scores = (q_i @ k[:, :, first:end].transpose(2, 3)).view(B, H, end - start, end - first).float() * scale
+        distance = positions[start:end, None] - positions[first:end]
+        hidden = (distance < 0) | (distance >= window)
+        if doc_ids is not None:
+            hidden = hidden | (doc_ids[:, None, start:end, None] != doc_ids[:, None, None, first:end])
+        scores = scores.masked_fill(hidden, -math.inf)
+        weights = F.dropout(scores.softmax(-1), dropout).type_as(v)
+        blocks.append((weights.view(B, K, -1, end - first) @ v[:, :, first:end]).view(B, H, end - start, D))
+    return torch.cat(blocks, dim=2)
+
+
+def flash_attention(q, k, v, window, scale, dropout, doc_ids):
+    """The same in one kernel, FlashAttention-2, without dropout or doc_ids. PyTorch's varlen_attn would take doc_ids,
+    but its gradients are wrong when PyTorch 2.11 compiles it (docs/gpu.md)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    T, more = q.shape[1], {"scale": scale, "window_size_left": window - 1, "window_size_right": 0}
+    y, *_ = torch.ops.aten._flash_attention_forward(q, k, v, None, None, T, T, dropout, False, False, **more)
+    return y.transpose(1, 2)
+
+
+def cached_attention(q, k, v, window, scale, dropout, valid):
+    """Attention of one token's q (B, H, 1, D) to the slots of a KVCache, k and v (B, K, slots, D), for which `valid`
+    (slots,) is true. The cache holds no more than the window."""
+    grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[3])  # (B, K, H/K, D): heads that share keys make one product
+    scores = (grouped @ k.transpose(2, 3)).float() * scale
+    return (scores.masked_fill(~valid, -math.inf).softmax(-1).type_as(v) @ v).view(q.shape)
+
+
+class AttentionContext(NamedTuple):
+    """What the attention layers of one kind share in a forward pass."""
+
+    rope: tuple  # of rope_table()
+    attend: Any  # blocked_attention, flash_attention or cached_attention
+    window: int  # keys up to its own that a query sees
+    mask: torch.Tensor | None  # doc_ids, or the valid slots of the cache
+    cache: Any  # KVCache, or None
+
+
 class Attention(nn.Module):
     """Grouped-query attention with RMSNorm on queries and keys, then RoPE."""
 
@@ -112,17 +168,16 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(D, config.rms_norm_eps)
         self.k_norm = RMSNorm(D, config.rms_norm_eps)
 
-    def forward(self, x, rope, attend, window, mask, cache):
+    def forward(self, x, context):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        q, k = apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)
+        q, k = apply_rope(self.q_norm(q), context.rope), apply_rope(self.k_norm(k), context.rope)
+        if context.cache is not None:
+            k, v = context.cache.update(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
-        # attend: blocked_attention, flash_attention or cached_attention, below; each says what its mask is
-        y = attend(q, k, v, window, self.scale, dropout, mask)  # (B, H, T, D)
+        y = context.attend(q, k, v, context.window, self.scale, dropout, context.mask)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H*D) -> (B, T, C)
 
 
@@ -142,7 +197,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each between two norms: before it, and after it on the way back into the residual."""
+    """Attention, then MLP, each with a norm before it and another after it, before the sum with the residual."""
 
     def __init__(self, config, layer, dropout):
         super().__init__()
@@ -155,11 +210,63 @@ class Block(nn.Module):
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, rope, attend, window, mask, cache):
-        y = self.self_attn(self.input_layernorm(x), rope, attend, window, mask, cache)
+    def forward(self, x, context):
+        y = self.self_attn(self.input_layernorm(x), context)
         x = x + self.dropout(self.post_attention_layernorm(y))
         y = self.mlp(self.pre_feedforward_layernorm(x))
         return x + self.dropout(self.post_feedforward_layernorm(y))
+
+
+def select_labels(x, labels):
+    """Return the rows of x (N, C) that have a label, and their labels (N,). They are padded to whole quarters of N, so
+    that the compiled loss meets few shapes."""
+    quarter, rows = max(1, math.ceil(len(labels) / 4)), (labels != -100).nonzero()[:, 0]
+    padding = (0, max(1, math.ceil(len(rows) / quarter)) * quarter - len(rows))
+    return x.index_select(0, F.pad(rows, padding)), F.pad(labels[rows], padding, value=-100)
+
+
+CHUNK = 2**24  # logits that LinearCrossEntropy computes at once: 64 MB, and 128 MB for their gradients; GPUs: 8 times
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The head and its cross-entropy, summed over the labels that are not -100, without ever holding all logits, which
+    for B 32, T 1024 and a vocabulary of 50,304 would take 6.6 GB. forward() goes through the rows in chunks: it
+    computes a chunk's logits, its loss, and right away its gradients, which backward() then only scales.
+
+    The gradient is written by hand. If you change the logits, change the line of `grad` with them; two tests in
+    tests/test_model.py notice if you forget: finite differences, and the same loss from Gemma.forward()'s logits."""
+
+    @staticmethod
+    def forward(ctx, x, weight, labels, with_gradients):
+        """x (N, C), weight (V, C), labels (N,) -> a float32 number."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        w = weight.to(dtype)
+        grad_x = torch.empty_like(x) if with_gradients else None
+        grad_w = torch.zeros_like(weight, dtype=torch.float32) if with_gradients and ctx.needs_input_grad[1] else None
+        loss = torch.zeros((), device=x.device)
+        rows = max(1, CHUNK * (1 if device == "cpu" else 8) // len(weight))
+        tokens = torch.arange(len(weight), device=x.device, dtype=torch.int32)
+        for i in range(0, len(x), rows):
+            x_i, y = x[i : i + rows].to(dtype), labels[i : i + rows, None]
+            logits = F.linear(x_i, w).float()  # (rows, V)
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            index, has_label = y.clamp(min=0), y != -100
+            # not in place: torch.compile of PyTorch 2.11 would lose the gradient of the result
+            loss = loss + ((log_sum - logits.gather(1, index)) * has_label).sum()
+            if with_gradients:
+                # d loss / d logits: the probabilities, minus 1 at the label
+                grad = (((logits - log_sum).exp() - (index.int() == tokens).float()) * has_label).to(dtype)
+                grad_x[i : i + rows] = grad @ w
+                if grad_w is not None:
+                    grad_w += grad.T @ x_i
+        ctx.save_for_backward(grad_x, grad_w)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x, grad_w = ctx.saved_tensors
+        return grad_x * grad, None if grad_w is None else grad_w * grad, None, None
 
 
 class Gemma(nn.Module):
@@ -168,79 +275,82 @@ class Gemma(nn.Module):
     def __init__(self, config, dropout=0.0):
         super().__init__()
         self.config = config
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList(Block(config, i, dropout) for i in range(config.num_hidden_layers)),
-                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-            }
-        )
+        self.model = nn.ModuleDict()
+        self.model["embed_tokens"] = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model["layers"] = nn.ModuleList(Block(config, i, dropout) for i in range(config.num_hidden_layers))
+        self.model["norm"] = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(dropout)
         self.compiled_decode_step = None
 
-    def forward(self, tokens, targets=None, documents=None, reduction="mean", cache=None):
+    def forward(self, tokens, labels=None, doc_ids=None, reduction="mean", cache=None):
         """tokens (B, T) int64 -> logits (B, T, V).
 
-        With targets (B, T): the cross-entropy in nats, "mean" or "sum" over the targets that are not -100.
-        With documents (B, T), numbers that stay the same through a document: each attends to itself alone, from
-        position 0, as if it had a row of its own.
-        With a KVCache: tokens are a prompt for an empty one, or the one token (B, 1) that follows what it holds; only
-        the last position's logits come back, (B, 1, V)."""
+        With labels (B, T): the cross-entropy in nats, the "mean" or "sum" over the labels that are not -100.
+        With doc_ids (B, T), the number of the document that each token belongs to: a document attends to itself alone
+        and its positions start at 0, as if it had a row of its own.
+        With a KVCache: tokens are a prompt for an empty cache, or the one token (B, 1) after those in it; returns the
+        logits of the last position, (B, 1, V)."""
         config, embedding = self.config, self.model.embed_tokens.weight
         T, limit = tokens.shape[1], config.max_position_embeddings
-        if T > limit and documents is None:
+        if T > limit and doc_ids is None:
             raise ValueError(f"{T} tokens are more than the model's max_position_embeddings={limit}")
         positions = torch.arange(T, device=tokens.device)[None]
         if cache is not None:
             positions = positions + cache.length
-        elif documents is not None:
-            begins = documents != F.pad(documents[:, :-1], (1, 0), value=-1)  # (B, T), whether a document does
-            positions = positions - (positions * begins).cummax(1).values
-            documents = documents.int()  # for blocked_attention
-        rope = {
-            SLIDING: rope_table(positions, config.head_dim, config.rope_local_base_freq, 1.0),
-            FULL: rope_table(positions, config.head_dim, config.rope_theta, config.rope_linear_factor),
-        }
-        window = {SLIDING: min(T, config.sliding_window), FULL: T}  # keys up to its own that a query sees
+        elif doc_ids is not None:
+            is_first = doc_ids != F.pad(doc_ids[:, :-1], (1, 0), value=-1)  # (B, T), of a document's tokens
+            positions = positions - (positions * is_first).cummax(1).values
+            doc_ids = doc_ids.int()  # for blocked_attention()
         if cache is not None and T == 1:
             attend, mask = cached_attention, cache.valid_slots()
         else:
-            flash = documents is None and self.takes_flash_attention()
-            attend, mask = flash_attention if flash else blocked_attention, {SLIDING: documents, FULL: documents}
+            use_flash = doc_ids is None and self.can_use_flash()
+            attend, mask = flash_attention if use_flash else blocked_attention, {SLIDING: doc_ids, FULL: doc_ids}
+        local_rope = rope_table(positions, config.head_dim, config.rope_local_base_freq, 1.0)
+        global_rope = rope_table(positions, config.head_dim, config.rope_theta, config.rope_linear_factor)
+        window = min(T, config.sliding_window)
+        contexts = {
+            SLIDING: AttentionContext(local_rope, attend, window, mask[SLIDING], cache),
+            FULL: AttentionContext(global_rope, attend, T, mask[FULL], cache),
+        }
 
         # the scale is rounded to the weights' dtype, as in the published models (25.25 for 270M in bfloat16)
         x = F.embedding(tokens, embedding) * torch.tensor(config.hidden_size**0.5, dtype=embedding.dtype)
         x = self.dropout(x)  # (B, T, C)
         for block in self.model.layers:
-            x = block(x, rope[block.kind], attend, window[block.kind], mask[block.kind], cache)
+            x = block(x, contexts[block.kind])
         if cache is not None:
             cache.length += T
             x = x[:, -1:]
-        if targets is None:
-            return F.linear(self.model.norm(x), embedding)  # (B, T, V)
-        x, kept = x.flatten(0, 1), targets.flatten()
-        if documents is not None:  # instruction tuning: most positions have no target, and skip the head
-            x, kept = select_targets(x, kept)
-        loss = self.loss(x, kept)
-        return loss / (targets != -100).sum() if reduction == "mean" else loss
+        if labels is None:
+            return F.linear(self.model.norm(x), self.head_weight)  # (B, T, V)
+        x, y = x.flatten(0, 1), labels.flatten()
+        if doc_ids is not None:  # instruction tuning: most positions have no label and skip the head
+            x, y = select_labels(x, y)
+        loss = self.loss(x, y)
+        return loss / (labels != -100).sum() if reduction == "mean" else loss
 
-    def loss(self, x, targets):
-        """The last norm, the head and the cross-entropy, summed: x (N, C), targets (N,) -> nats."""
-        x, grad = self.model.norm(x), torch.is_grad_enabled()
-        return LinearCrossEntropy.apply(x, self.model.embed_tokens.weight, targets, grad)
+    @property
+    def head_weight(self):
+        """The matrix (V, C) that makes logits: in Gemma 3 the embedding's."""
+        return self.model.embed_tokens.weight
+
+    def loss(self, x, labels):
+        """The last norm, the head and the cross-entropy, summed: x (N, C), labels (N,) -> nats."""
+        return LinearCrossEntropy.apply(self.model.norm(x), self.head_weight, labels, torch.is_grad_enabled())
 
     def compile_layers(self):
-        """Compile for training the parts of forward() by themselves: one graph serves all layers of a kind, so that
-        compiling takes no longer for many layers, and a layer's memory is planned apart from the others'."""
-        # the loss alone has four shapes from select_targets, each with and without gradients, and those of plain text
+        """Compile each block and the loss for training. All layers of a kind share one graph, so that a deep model
+        compiles as fast as a shallow one, and memory is planned for one layer at a time."""
+        # the loss has four shapes from select_labels(), each with and without gradients, and the shapes of plain text
         torch._dynamo.config.recompile_limit = 16
         for block in self.model.layers:
             block.compile(dynamic=False)
         self.loss = torch.compile(self.loss, dynamic=False)
 
-    def takes_flash_attention(self):
-        """Whether flash_attention's kernel can be used: on NVIDIA's cards since Ampere, in half precision, without
-        dropout, for a head_dim up to 256 that 8 divides."""
+    def can_use_flash(self):
+        """Return whether flash_attention() runs here: it needs an NVIDIA GPU since Ampere, half precision, no dropout,
+        and a head_dim of at most 256 that is a multiple of 8."""
         if self.device.type != "cuda" or torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
             return False
         amp = torch.is_autocast_enabled("cuda")
@@ -250,11 +360,10 @@ class Gemma(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed, device=None):
-        """Draw every matrix from N(0, 0.02) on `device`, by default the model's. The embedding too: its rows are also
-        the head's, and with std 0.02 the first loss is about ln(V). The norms behind attention and MLP start with the
-        gain that makes what a block adds as large as an embedded token, whatever the weights before them are: at a gain
-        of 1 it would be larger (twice at 270M), and learns more slowly (docs/experiments.md). Other norms start as the
-        identity."""
+        """Draw every matrix from N(0, 0.02) on `device`, by default the model's. The tied embedding too: with std 0.02
+        the first loss is about ln(V). The norms after attention and MLP start with the gain that makes the output of
+        each as large as an embedded token. With a gain of 1 it would be larger (twice as large at 270M), and training
+        is slower (docs/experiments.md). Other norms start with gain 1. Raises ValueError for an unknown vector."""
         device = device or self.device
         generator = torch.Generator(device).manual_seed(seed)
         embedded = 0.02 * self.config.hidden_size**0.5  # rms of an embedded token
@@ -264,7 +373,7 @@ class Gemma(nn.Module):
             elif name.endswith("norm.weight"):
                 p.fill_(embedded - 1 if "post_" in name else 0.0)
             else:
-                raise ValueError(f"init_weights knows no start for {name} {list(p.shape)}: add one")
+                raise ValueError(f"init_weights() has no initial value for {name} {list(p.shape)}: add one")
         return self
 
     @property
@@ -272,30 +381,30 @@ class Gemma(nn.Module):
         return self.model.embed_tokens.weight.device
 
     def num_params(self):
-        return sum(p.numel() for p in self.parameters())  # the embedding is tied with the head, and counted once
+        return sum(p.numel() for p in self.parameters())  # a tied embedding counts once
 
-    def flops_per_token(self, T, head=1.0):
-        """Training FLOPs (forward and backward) per token at sequence length T: 6 per weight in a matrix product, 4 if
-        it is frozen, and 12 * H * D per token attended to, counting the full length or window as PaLM (appendix B) and
-        nanoGPT do. head: the share of tokens that go through the head."""
-        c, embedding = self.config, self.model.embed_tokens.weight  # which counts as the head
-        shares = ((p, head if p is embedding else 1.0) for p in self.parameters() if p.ndim > 1)
+    def flops_per_token(self, T, head_share=1.0):
+        """Return the training FLOPs (forward and backward) per token at sequence length T: 6 per weight in a matrix
+        product, 4 if it is frozen, and 12 * H * D per token attended to. Like PaLM (appendix B) and nanoGPT it counts
+        the whole length or window. head_share: share of the tokens that go through the head."""
+        c, embedding, head = self.config, self.model.embed_tokens.weight, self.head_weight
+        shares = ((p, head_share if p is head else p is not embedding) for p in self.parameters() if p.ndim > 1)
         matrices = sum(share * (6 if p.requires_grad else 4) * p.numel() for p, share in shares)
         attended = sum(min(T, c.sliding_window) if kind == SLIDING else T for kind in c.layer_types)
         return matrices + 12 * c.num_attention_heads * c.head_dim * attended
 
     @torch.no_grad()
     def generate(
-        self, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_ids=(), seed=None, lengths=None
+        self, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(), seed=None, lengths=None
     ):
-        """Continue prompt (B, T), T >= 1: yields a (B,) tensor of token ids per step, as it is made.
+        """Continue prompt (B, T), T >= 1: yield a (B,) tensor of token ids per step.
 
         A row ends after max_new_tokens, with one of stop_ids, or at the model's last position, and yields -1 from then
-        on. Temperature 0 is greedy. Raises ValueError where the prompt leaves no position free, FloatingPointError
-        where logits are NaN.
+        on. Temperature 0 is greedy; top_k 0 and top_p 1 draw from all tokens. Raises ValueError if the prompt leaves no
+        position free, FloatingPointError if logits are NaN.
 
-        lengths (B,): of prompts padded on the right. Steps begin behind the shortest one, and a row whose prompt is
-        longer yields -1 until that has been read. max_new_tokens may be a (B,) tensor too."""
+        lengths (B,): lengths of prompts that are padded on the right. The steps begin after the shortest prompt, and a
+        row with a longer one yields -1 until its prompt has been read. max_new_tokens may be a (B,) tensor."""
         (B, T), device, limit = prompt.shape, self.device, self.config.max_position_embeddings
         if T >= limit:
             raise ValueError(f"the prompt's {T} tokens leave no room in the model's {limit} positions: shorten it")
@@ -312,10 +421,10 @@ class Gemma(nn.Module):
             logits = forward(tokens, cache=cache)[:, -1].float()  # (B, V)
             if logits.isnan().any():
                 raise FloatingPointError("the model's logits are NaN: its weights are damaged or too large")
-            token = sample_token(logits, temperature, top_k, top_p, generator)
-            if torch.distributed.is_initialized():  # processes that went on with different tokens would wait forever
+            token = sample_token(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+            if torch.distributed.is_initialized():  # processes with different tokens would wait for each other forever
                 torch.distributed.broadcast(token, 0)
-            reading = position < lengths  # its own prompt
+            reading = position < lengths  # (B,), whether the row still reads its prompt
             if position < T:
                 token = torch.where(reading, prompt[:, position], token)
             yield token.masked_fill(reading | done, -1)
@@ -325,9 +434,8 @@ class Gemma(nn.Module):
             tokens, forward = token[:, None], self.compiled_decode_step or self
 
     def generate_batch(self, prompts, max_new_tokens, stop_ids=(), **sampling):
-        """Continue prompts, lists of token ids of any lengths. Yields at the start, and again after each step, a list
-        with the ids made so far for each prompt, without stop_ids. max_new_tokens: one number, or a list of one for
-        each prompt. sampling: as in generate(), which says what is raised."""
+        """Continue prompts, lists of token ids of any lengths. At the start and after each step yield a list with the
+        new ids of each prompt, without stop_ids. max_new_tokens: a number, or a list. sampling: as in generate()."""
         made = [[] for _ in prompts]
         yield made
         padded = pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True).to(self.device)
@@ -341,39 +449,29 @@ class Gemma(nn.Module):
 
     def compile_step(self):
         """Compile the step that makes one token, for every later generate(): on GPUs as a CUDA graph; on CPUs with the
-        weights frozen into it, in the order in which their products read them fastest, so they must not change."""
-        # freezing as an option of torch.compile takes effect too late; on GPUs it stays off: with the static addresses
-        # of the cache it makes wrong tokens (PyTorch 2.13)
+        weights frozen into it, packed for fast products, so they must not change afterwards."""
+        # freezing as an option of torch.compile takes effect too late. On GPUs it stays off, because with the static
+        # addresses of the cache it makes wrong tokens (PyTorch 2.13)
         torch._inductor.config.freezing = self.device.type == "cpu"
-        cuda_graphs = self.device.type == "cuda"
-        self.compiled_decode_step = torch.compile(self.forward, options={"triton.cudagraphs": cuda_graphs})
+        graphs = {"triton.cudagraphs": self.device.type == "cuda"}
+        self.compiled_decode_step = torch.compile(self.forward, options=graphs)
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=torch.float32, dropout=0.0):
-        """Open a model directory in the Hugging Face format: ours, or a published Gemma 3, in one file or in shards.
-        Of a multimodal model it takes the text part. On the "meta" device it has shapes, but no weights. Raises
-        ValueError for a missing, unexpected or misshapen tensor, OSError for a missing file."""
+        """Open a model directory in the Hugging Face format: one of ours, or a published Gemma 3, in one file or in
+        shards. From a multimodal model it takes the text part. On the "meta" device the model has shapes but no
+        weights. Raises ValueError for a missing, unexpected or misshapen tensor, OSError for a missing file."""
         path, device = Path(path), torch.device(device)
-        with torch.device("meta"):  # no memory, no random numbers: the files bring both
+        with torch.device("meta"):  # takes no memory and draws no random numbers
             model = cls(read_config(path), dropout)
-        wanted = {name: tuple(w.shape) for name, w in model.state_dict().items()}
-        found, shapes = {}, {}  # by our names: the file and the name there, and the shape
-        for file in weight_files(path):
-            for name, shape in tensor_shapes(file).items():
-                if "vision_tower." not in name and "multi_modal_projector." not in name:
-                    ours = name.replace("language_model.", "", 1)  # the text part's prefix in multimodal checkpoints
-                    found[ours], shapes[ours] = (file, name), shape
-        for name in wanted | shapes:  # before any is read, of whatever size
-            there, asked = (d.get(name, "no such tensor") for d in (shapes, wanted))
-            require(there == asked, f"{name}: the files have {there}, the config asks for {asked}")
+        found = find_tensors(path, {name: tuple(w.shape) for name, w in model.state_dict().items()})
         if device.type != "meta":
-            weights = {ours: read_tensor(file, name, device).to(dtype) for ours, (file, name) in found.items()}
+            weights = {name: read_tensor(*where, device).to(dtype) for name, where in found.items()}
             model.load_state_dict(weights, assign=True)
         return model.eval()
 
     def save_pretrained(self, path, weights=None):
-        """Write config.json, generation_config.json and model.safetensors into the directory `path`. weights: a state
-        dict to write in place of the model's own."""
+        """Write config.json, generation_config.json and model.safetensors. weights: instead of the model's own."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         c = self.config
@@ -389,25 +487,25 @@ class Gemma(nn.Module):
 
 
 class KVCache:
-    """Keys and values of every layer. A sliding layer holds its window and no more: a ring, where position p lies in
-    slot p % window. Order in the ring does not matter, as RoPE has already written the position into each key.
-    Shapes stay the same from step to step, and the length is a tensor: a compiled step serves them all."""
+    """Keys and values of every layer. A sliding layer holds only its window, as a ring: position p is in slot p %
+    window. The order in the ring does not matter, because RoPE has already rotated each key by its position. Shapes do
+    not change from step to step and the length is a tensor, so that one compiled step serves them all."""
 
     def __init__(self, config, max_tokens, device, cuda_graphs=False):
         self.length = torch.zeros(1, dtype=torch.int64, device=device)  # tokens whose keys are in the cache
         self.slots = {SLIDING: min(max_tokens, config.sliding_window), FULL: max_tokens}
         self.kinds = config.layer_types
-        self.rings = [None] * len(self.kinds)  # (2, B, K, slots, D) each, made for the first keys, in their dtype
+        self.rings = [None] * len(self.kinds)  # (2, B, K, slots, D) each, allocated by update() in the keys' dtype
         self.cuda_graphs = cuda_graphs
-        if cuda_graphs:  # a graph may write into tensors whose address stays the same, and is skipped for others
+        if cuda_graphs:  # PyTorch skips a graph that writes into a tensor without a static address
             torch._dynamo.mark_static_address(self.length)
 
     def valid_slots(self):
-        """Which slots (1, slots) of each kind of layer a new token sees: those in use, its own included."""
+        """Return for each kind of layer which slots (slots,) a new token sees: all that are in use, with its own."""
         return {kind: torch.arange(n, device=self.length.device) <= self.length for kind, n in self.slots.items()}
 
     def update(self, layer, k, v):
-        """Store k, v (B, K, T, D); return what this step attends to: a prompt, T > 1, itself, a new token all slots."""
+        """Store k, v (B, K, T, D). Return what to attend to: a prompt (T > 1) to itself, a new token to all slots."""
         kv = torch.stack((k, v))  # (2, B, K, T, D)
         slots, T = self.slots[self.kinds[layer]], k.shape[2]
         if self.rings[layer] is None:
@@ -415,58 +513,50 @@ class KVCache:
             if self.cuda_graphs:
                 torch._dynamo.mark_static_address(self.rings[layer])
         ring = self.rings[layer]
-        if T > 1:  # the prompt attends to itself, the ring keeps its end
-            kept = torch.arange(max(0, T - slots), T, device=k.device)
-            ring[:, :, :, kept % slots] = kv[:, :, :, kept]
+        if T > 1:  # the ring holds the end of the prompt
+            positions = torch.arange(max(0, T - slots), T, device=k.device)
+            ring[:, :, :, positions % slots] = kv[:, :, :, positions]
             return k, v
         ring.index_copy_(3, self.length % slots, kv)
         return ring.unbind()
 
 
-def sample_token(logits, temperature, top_k=None, top_p=None, generator=None):
-    """Draw from logits (B, V) -> (B,) token ids: from the top_k likeliest, and of these from the smallest set of mass
-    top_p, in transformers' order; temperature 0: the likeliest."""
+def sample_token(logits, *, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Draw token ids (B,) from logits (B, V): from the top_k likeliest tokens, and among these from the smallest set
+    with probability top_p, in transformers' order. Temperature 0 is greedy; top_k 0 and top_p 1 draw from all."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits, tokens, nucleus = logits / temperature, None, top_p is not None and top_p < 1
-    if top_k or nucleus:  # the likeliest first; drawing among few is much faster than among a whole vocabulary
+    logits, tokens = logits / temperature, None
+    if top_k or top_p < 1:  # sorted, the likeliest first; drawing from few is much faster than from a whole vocabulary
         logits, tokens = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))
-    if nucleus:
+    if top_p < 1:
         probs = logits.softmax(-1)
-        logits = logits.masked_fill(probs.cumsum(-1) - probs >= top_p, -math.inf)  # the mass before it suffices already
+        logits = logits.masked_fill(probs.cumsum(-1) - probs >= top_p, -math.inf)  # the tokens before reach top_p
     drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
     return (drawn if tokens is None else tokens.gather(1, drawn))[:, 0]
 
 
 def complete(model, tokenizer, prompts, max_new_tokens, **sampling):
-    """What generate_batch() makes of prompts (lists of token ids), as texts. tokenizer: anything with decode(ids)."""
-    with torch.compiler.set_stance("force_eager"):  # compiled layers would be compiled for every length anew
+    """Return the texts with which generate_batch() continues prompts. tokenizer: anything with decode(ids)."""
+    with torch.compiler.set_stance("force_eager"):  # compiled layers would compile again for every length
         *_, made = model.generate_batch(prompts, max_new_tokens, **sampling)
     return [tokenizer.decode(ids) for ids in made]
 
 
-# ---- configuration and weights on disk. They may come from anyone and be damaged: what is odd raises ValueError ------
+# ---- files: configuration and weights, which may be anyone's and damaged. Errors are ValueErrors ---------------------
 
-# what holds for every Gemma 3: written into config.json, and checked when one is read
+# settings of transformers that every Gemma 3 shares: written to config.json, and checked when one is read. A field of
+# GemmaConfig with the same name replaces the constant
 GEMMA3_CONSTANTS = {
-    "attention_bias": False,
-    "final_logit_softcapping": None,
-    "attn_logit_softcapping": None,
-    "tie_word_embeddings": True,
-    "use_bidirectional_attention": False,
-}
-# what transformers takes for a setting that a config.json leaves out, as those of the published 4B to 27B do
+    "attention_bias": False, "final_logit_softcapping": None, "attn_logit_softcapping": None,
+    "tie_word_embeddings": True, "use_bidirectional_attention": False,
+}  # fmt: skip
+# transformers' defaults for settings that a config.json leaves out; the published ones of 4B to 27B do
 HF_DEFAULTS = {
-    "vocab_size": 262208,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "query_pre_attn_scalar": 256,
-    "max_position_embeddings": 131072,
-    "sliding_window": 4096,
-}
+    "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "query_pre_attn_scalar": 256,
+    "max_position_embeddings": 131072, "sliding_window": 4096,
+}  # fmt: skip
 
 
 def require(condition, message):
@@ -475,7 +565,7 @@ def require(condition, message):
 
 
 def check_config(c):
-    """Raises ValueError for a setting of the wrong type or size, and for settings that do not go together."""
+    """Raise ValueError for a setting of the wrong type or size, and for settings that contradict each other."""
     for f in fields(c):
         value, is_id = getattr(c, f.name), f.name.endswith("_token_id")
         fits = isinstance(value, (int, float) if f.type is float else f.type)
@@ -500,7 +590,7 @@ def check_config(c):
 
 
 def read_json(path):
-    """The dict in a JSON file. Raises ValueError, which names the file, where it holds anything else."""
+    """Return the dict in a JSON file. Raises ValueError, with the file's name, if it holds anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
@@ -510,28 +600,30 @@ def read_json(path):
 
 
 def dict_at(d, key):
-    """d[key], which must be a dict; {} where it is None or missing."""
+    """Return d[key], which must be a dict; {} if it is None or missing."""
     value = d.get(key)
     require(isinstance(value, dict | None), f"{key}={value!r} is not a JSON object")
     return value or {}
 
 
 def read_config(path):
-    """The GemmaConfig of a model directory."""
+    """Return the GemmaConfig of a model directory."""
     config, generation = config_from_dict(read_json(path / "config.json")), path / "generation_config.json"
-    if generation.exists():  # names all the tokens that end a text
+    if generation.exists():  # it lists all tokens that end a text
         config = replace(config, eos_token_id=read_json(generation).get("eos_token_id", config.eos_token_id))
     return config
 
 
 def config_from_dict(d):
-    """Read the dict of a config.json, old style (rope_theta, rope_scaling) or new (rope_parameters), of a text model,
-    or of a multimodal one's text part -> GemmaConfig."""
+    """Return the GemmaConfig in the dict of a config.json, old style (rope_theta, rope_scaling) or new
+    (rope_parameters), of a text model or of the text part of a multimodal one."""
     kind = d.get("model_type")
     require(kind in ("gemma3_text", "gemma3"), f"model_type {kind!r} is not Gemma 3's ('gemma3_text' or 'gemma3')")
     d = HF_DEFAULTS | d | dict_at(d, "text_config")
+    own = {f.name for f in fields(GemmaConfig)}
     for key, value in GEMMA3_CONSTANTS.items():
-        require(d.get(key) in (None, value), f"{key}={d.get(key)!r} is not supported: Gemma 3 has {value!r}")
+        good = key in own or d.get(key) in (None, value)
+        require(good, f"{key}={d.get(key)!r} is not supported: Gemma 3 has {value!r}")
     rope = dict_at(d, "rope_parameters")
     full, sliding = dict_at(d, "rope_scaling") | dict_at(rope, FULL), dict_at(rope, SLIDING)
     rope_type = full.get("rope_type", full.get("type", "default"))
@@ -547,7 +639,7 @@ def config_from_dict(d):
 
 
 def config_to_dict(config):
-    """The dict that goes into config.json. RoPE stands there in both spellings: readers know one or the other."""
+    """Return the dict for config.json, with RoPE in the old style and in the new one, because programs read either."""
     d = asdict(config)
     factor = d.pop("rope_linear_factor")
     scaling = {"rope_type": "default"} if factor == 1 else {"rope_type": "linear", "factor": factor}
@@ -556,33 +648,33 @@ def config_to_dict(config):
         SLIDING: {"rope_theta": config.rope_local_base_freq, "rope_type": "default"},
     }
     d["rope_scaling"] = None if factor == 1 else scaling
-    about = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
-    return d | GEMMA3_CONSTANTS | about | {"attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True}
+    kind = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+    return GEMMA3_CONSTANTS | d | kind | {"attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True}
 
 
 def weight_files(path):
-    """The safetensors files of a model directory: one, or the shards that an index lists."""
+    """Return the safetensors files of a model directory: one, or the shards in its index."""
     index = path / "model.safetensors.index.json"
     if (path / "model.safetensors").exists() or not index.exists():
         return [path / "model.safetensors"]
     names = dict_at(read_json(index), "weight_map").values()
     for name in names:
-        here = isinstance(name, str) and Path(name).name == name
-        require(here, f"{index.name}: {name!r} is not a file in this directory")
+        is_beside = isinstance(name, str) and Path(name).name == name
+        require(is_beside, f"{index.name}: {name!r} is not a file in this directory")
     return [path / name for name in sorted(set(names))]
 
 
 def weights_fingerprint(path):
-    """What tells one model directory's weights from another's: a hex digest (BLAKE2b, 16 bytes) of their files."""
+    """Return a hex digest (BLAKE2b, 16 bytes) of the weights in a model directory."""
     digest = hashlib.blake2b(digest_size=16)
     for file in weight_files(Path(path)):
         with open(file, "rb") as f:
-            hashlib.file_digest(f, lambda: digest)  # goes on with it
+            hashlib.file_digest(f, lambda: digest)  # continues the digest
     return digest.hexdigest()
 
 
 def tensor_shapes(file):
-    """{name: shape} of the tensors in a safetensors file."""
+    """Return {name: shape} of the tensors in a safetensors file."""
     try:
         with safe_open(file, framework="pt") as f:
             return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
@@ -590,104 +682,24 @@ def tensor_shapes(file):
         raise ValueError(f"{file.name}: {e}") from None
 
 
+def find_tensors(path, expected):
+    """Return {our name: (file, name in the file)} of the weights in a model directory. Raises ValueError, before any
+    tensor is read, unless they have exactly the `expected` names and shapes, {our name: shape}."""
+    found, shapes = {}, {}
+    for file in weight_files(path):
+        for name, shape in tensor_shapes(file).items():
+            if "vision_tower." not in name and "multi_modal_projector." not in name:
+                ours = name.replace("language_model.", "", 1)  # the prefix of the text part in multimodal checkpoints
+                found[ours], shapes[ours] = (file, name), shape
+    for name in expected | shapes:
+        stored_shape, expected_shape = (d.get(name, "no such tensor") for d in (shapes, expected))
+        good = stored_shape == expected_shape
+        require(good, f"{name}: the files have {stored_shape}, the config asks for {expected_shape}")
+    return found
+
+
 def read_tensor(file, name, device):
-    """One tensor of a safetensors file. The file is opened for it alone: while one is open, all that was read from it
-    stays in memory, beside the weights made of it."""
+    """Return one tensor of a safetensors file. The file is opened for each tensor, because an open file keeps all that
+    was read from it in memory, beside the weights."""
     with safe_open(file, framework="pt", device=str(device)) as f:
         return f.get_tensor(name)
-
-
-# ---- fast paths: attention and the loss as each device does them best ------------------------------------------------
-
-QUERY_BLOCK = 128  # of blocked_attention
-
-
-def blocked_attention(q, k, v, window, scale, dropout, documents=None):
-    """Causal attention of q (B, H, T, D) to k, v (B, K, T, D), each query to the `window` last keys up to its own, of
-    its own document where documents (B, T) tell them apart.
-
-    Some queries at a time multiply the keys that any of them can see, so what lies beyond a window costs nothing. On
-    CPUs faster than PyTorch's flash kernel (python tests/benchmark.py --job=attention), above all backward."""
-    (B, H, T, D), K = q.shape, k.shape[1]
-    # compilers put as many int32 as float32 into a vector, and half as many int64
-    positions, blocks = torch.arange(T, device=q.device, dtype=torch.int32), []
-    for start in range(0, T, QUERY_BLOCK):
-        end, first = min(start + QUERY_BLOCK, T), max(0, start + 1 - window)
-        q_i = q[:, :, start:end].reshape(B, K, -1, D)  # heads that share keys make one product
-        scores = (q_i @ k[:, :, first:end].transpose(2, 3)).view(B, H, end - start, end - first).float() * scale
-        distance = positions[start:end, None] - positions[first:end]
-        hidden = (distance < 0) | (distance >= window)
-        if documents is not None:
-            hidden = hidden | (documents[:, None, start:end, None] != documents[:, None, None, first:end])
-        scores = scores.masked_fill(hidden, -math.inf)
-        weights = F.dropout(scores.softmax(-1), dropout).type_as(v)
-        blocks.append((weights.view(B, K, -1, end - first) @ v[:, :, first:end]).view(B, H, end - start, D))
-    return torch.cat(blocks, dim=2)
-
-
-def flash_attention(q, k, v, window, scale, dropout, documents):
-    """The same by FlashAttention-2 in one kernel, without dropout or documents. Not by varlen_attn, which would take
-    documents: compiled by PyTorch 2.11, its gradients are wrong (docs/gpu.md)."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    T, sees = q.shape[1], {"window_size_left": window - 1, "window_size_right": 0}
-    y, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, None, None, T, T, dropout, False, False, scale=scale, **sees
-    )  # fmt: skip
-    return y.transpose(1, 2)
-
-
-def cached_attention(q, k, v, window, scale, dropout, valid):
-    """Attention of one token's q (B, H, 1, D) to the slots of a cache, k and v (B, K, slots, D), that are valid: the
-    window is the cache's."""
-    grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[3])  # (B, K, H/K, D): heads that share keys make one product
-    scores = (grouped @ k.transpose(2, 3)).float() * scale
-    return (scores.masked_fill(~valid, -math.inf).softmax(-1).type_as(v) @ v).view(q.shape)
-
-
-def select_targets(x, targets):
-    """The rows of x (N, C) that have a target, and their targets. Filled up to whole quarters of N, so that what is
-    compiled for them has few shapes."""
-    quarter, wanted = max(1, math.ceil(len(targets) / 4)), (targets != -100).nonzero()[:, 0]
-    filler = (0, max(1, math.ceil(len(wanted) / quarter)) * quarter - len(wanted))
-    return x.index_select(0, F.pad(wanted, filler)), F.pad(targets[wanted], filler, value=-100)
-
-
-CHUNK = 2**24  # logits that LinearCrossEntropy makes at once: 64 MB, and twice that for their gradients; GPUs: 8 times
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """The head and its cross-entropy, summed over targets that are not -100, without ever holding all the logits: those
-    of B 32, T 1024 and 50,304 tokens would take 6.6 GB. Some rows at a time make their logits, their loss and, while
-    these are at hand, their part of the gradients, which backward then only scales."""
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, with_gradients):
-        """x (N, C), weight (V, C), targets (N,) -> a float32 number."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        w = weight.to(dtype)
-        grad_x = torch.empty_like(x) if with_gradients else None
-        grad_w = torch.zeros_like(weight, dtype=torch.float32) if with_gradients and ctx.needs_input_grad[1] else None
-        loss = torch.zeros((), device=x.device)
-        rows = max(1, CHUNK * (1 if device == "cpu" else 8) // len(weight))
-        tokens = torch.arange(len(weight), device=x.device, dtype=torch.int32)
-        for i in range(0, len(x), rows):
-            x_i, y = x[i : i + rows].to(dtype), targets[i : i + rows, None]
-            logits = F.linear(x_i, w).float()  # (rows, V)
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            index, kept = y.clamp(min=0), y != -100
-            # not in place: torch.compile in PyTorch 2.11 would lose the gradient of what is returned
-            loss = loss + ((log_sum - logits.gather(1, index)) * kept).sum()
-            if with_gradients:
-                # d loss / d logits: the probabilities, less 1 at the target
-                grad = (((logits - log_sum).exp() - (index.int() == tokens).float()) * kept).to(dtype)
-                grad_x[i : i + rows] = grad @ w
-                if grad_w is not None:
-                    grad_w += grad.T @ x_i
-        ctx.save_for_backward(grad_x, grad_w)
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad, None if grad_w is None else grad_w * grad, None, None

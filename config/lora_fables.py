@@ -4,8 +4,6 @@
 data = "fables"
 init_from = "out/fables/best"
 out_dir = "out/lora-fables"
-forgetting = "fables"
-forgetting_block_size = 224
 template = "short"  # Alpaca's would cost this vocabulary some hundred tokens a record
 
 # rank 16 on all linear layers trains 233,472 of 2.40M parameters, 9.7%; rank 6 follows 1.5 points less

@@ -13,7 +13,6 @@ rank = 16
 alpha = 32.0
 epochs = 6.0
 max_tokens_per_batch = 2048
-forgetting = "tinystories"
 
 learning_rate = 2e-3
 warmup_iters = 10

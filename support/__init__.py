@@ -1,0 +1,1 @@
+"""Rooms with one job each, for everything that a hacker does not need to read."""

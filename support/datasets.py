@@ -1,0 +1,105 @@
+"""Prepared datasets: data/<name>/ with train.bin, val.bin, tokenizer.json and meta.json, as prepare.py writes them."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from model import read_json
+from support.files import latest_intact_dir
+from support.settings import UserError, user_errors
+from support.tokenizer import Tokenizer
+
+DATA = Path(__file__).parent.parent / "data"
+
+
+class Dataset(NamedTuple):
+    """A prepared dataset."""
+
+    path: Path
+    meta: dict  # of meta.json
+    tokenizer: Tokenizer
+
+
+def open_dataset(name):
+    """Open data/<name>. Raises UserError if it is missing or damaged."""
+    with user_errors(f"--dataset={name!r}"):
+        path = latest_intact_dir(DATA / name)
+        if not (path / "meta.json").exists():
+            half = " (its preparation was interrupted)" if path.with_name(f"{path.name}.part").exists() else ""
+            fix = f"make it with python prepare.py --dataset={name}"
+            raise UserError(f"--dataset={name}: no such dataset in {DATA}{half}; {fix}")
+    tokenizer = Tokenizer.load(path)
+    with user_errors(f"{path / 'meta.json'} does not match the files beside it, prepare the dataset again"):
+        meta = read_json(path / "meta.json")
+        if meta["vocab_size"] != tokenizer.vocab_size:
+            raise ValueError(f"vocab_size {meta['vocab_size']}, tokenizer.json has {tokenizer.vocab_size}")
+        if meta["dtype"] not in ("uint16", "uint32") or not isinstance(meta["floor_bits_per_byte"], float | None):
+            raise ValueError("dtype or floor_bits_per_byte has another type")
+        for split in ("train", "val"):
+            size, tokens = (path / f"{split}.bin").stat().st_size, meta[split]["tokens"]
+            expected = tokens * np.dtype(meta["dtype"]).itemsize
+            if not (tokens > 0 < meta[split]["bytes"]):
+                raise ValueError(f"no tokens in {split}")
+            if size != expected:
+                raise ValueError(f"{tokens} tokens in {split}.bin are {expected} bytes, the file has {size}")
+    return Dataset(path, meta, tokenizer)
+
+
+def document_ends(tokens, path, tokenizer):
+    """Return the positions of the end-of-text tokens. Raises UserError for a token beyond the vocabulary."""
+    ends = []
+    for i in range(0, len(tokens), 2**24):  # piece by piece, to save memory
+        piece = tokens[i : i + 2**24]
+        if (largest := int(piece.max())) >= tokenizer.vocab_size:
+            found = f"token {i + int(piece.argmax())} is {largest}, beyond the vocabulary of {tokenizer.vocab_size}"
+            raise UserError(f"{path}: {found}: prepare it again")
+        ends.append(np.flatnonzero(piece == tokenizer.eot) + i)
+    return np.concatenate(ends)
+
+
+def fingerprint(path, tokenizer):
+    """Return a digest of a prepared dataset: of its token ids and of its vocabulary."""
+    digest = hashlib.blake2b(tokenizer.dtype.name.encode(), digest_size=16)
+    digest.update(json.dumps(tokenizer.spec["model"], sort_keys=True).encode())
+    for name in ("train.bin", "val.bin"):
+        with open(path / name, "rb") as f:
+            digest.update(hashlib.file_digest(f, hashlib.blake2b).digest())
+    return digest.hexdigest()
+
+
+def output_directory(dataset, name, source):
+    """Return data/<name>. Raises UserError if it holds anything but a dataset prepared from the same source.
+
+    dataset: what --dataset names; `name` is derived from it if it is empty."""
+    path = Path(dataset)
+    name = name or (path.resolve().stem if os.path.exists(path) else path.name)
+    plain = name.isprintable() and len(name.encode()) <= 200 and not re.search(r"[/\\]|\.(part|replaced)$", name)
+    if not plain or name in ("", ".", ".."):
+        raise UserError(f"--name={name!r}: give the plain name of a folder in data/, without .part or .replaced")
+    out = DATA / name
+    for suffix in ("", ".part", ".replaced"):
+        check_is_ours(out.with_name(name + suffix), source)
+    if latest_intact_dir(out) != out:
+        os.replace(latest_intact_dir(out), out)
+    return out
+
+
+def check_is_ours(path, source):
+    """Raise UserError unless `path` is missing, an empty folder, or a dataset, finished or not, from this source."""
+    is_dir = path.is_dir() and not path.is_symlink()
+    if not os.path.lexists(path) or (is_dir and not os.listdir(path)):
+        return
+    found, fix = None, "choose another --name, or delete it"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        file = path / ("meta.json" if (path / "meta.json").exists() else "task.json")
+        found = json.loads(file.read_text())["source"]
+    if found is None or not is_dir:
+        raise UserError(f"{path} exists and is no prepared dataset: {fix}")
+    if found != source:
+        raise UserError(f"{path} was prepared from {found}, not from {source}: {fix}")

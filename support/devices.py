@@ -1,0 +1,110 @@
+"""The device, its dtype and its speed, and its error messages in one line."""
+
+import contextlib
+import math
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from support.settings import Failure, UserError, first_line, user_errors
+
+# Dense bfloat16 FLOP/s of data center GPUs with float32 sums, as NVIDIA states them, by whole words of the GPU's name.
+# Longer names come first. A MIG slice is only a part of its GPU.
+PEAK_FLOPS = {
+    "MIG": None,
+    "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
+    "H100": 989e12, "A100": 312e12, "A40": 150e12, "A30": 165e12, "A10": 125e12, "A10G": 70e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12,
+}  # fmt: skip
+
+
+def pick_device(name):
+    """Return the device that --device names."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    with user_errors(f"--device={name}", RuntimeError, AssertionError):
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    return device
+
+
+def pick_dtype(name, device):
+    """Return the dtype that --dtype names; for "auto" bfloat16 if the hardware multiplies in it, otherwise float32."""
+    if name == "auto":
+        cpu = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+        is_fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        if device.type == "cuda":
+            is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        elif device.type == "mps":
+            is_fast = torch.backends.mps.is_macos_or_newer(14, 0)
+        name = "bfloat16" if is_fast else "float32"
+    if name not in ("bfloat16", "float32"):
+        raise UserError(f"--dtype={name}: choose auto, bfloat16 or float32 (float16 overflows in Gemma 3)")
+    return getattr(torch, name)
+
+
+def can_compile(device):
+    """Return whether torch.compile works here; if not, print why."""
+    if device.type == "mps":  # torch.compile is a prototype there
+        return False
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
+        print("continuing without torch.compile: no C++ compiler here")
+        return False
+    if device.type == "cpu" and " " in torch.__file__:  # its C++ compiler command does not quote the path
+        print(f"continuing without torch.compile: the path of torch has a space in it, {Path(torch.__file__).parent}")
+        return False
+    return True
+
+
+def compile_for_training(model, activation_memory):
+    """Compile a model's layers in place. activation_memory: share of activations kept; the others are recomputed."""
+    if activation_memory < 1 and any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules()):
+        raise UserError("activation_memory below 1 needs dropout=0: the recomputation would draw other random numbers "
+                        "and make wrong gradients")  # fmt: skip
+    torch._functorch.config.activation_memory_budget = activation_memory
+    # on CPUs PyTorch's own generator makes dropout faster than compiled code does
+    torch._inductor.config.fallback_random = model.device.type == "cpu"
+    model.compile_layers()
+
+
+def to_device(batch, device):
+    """Return a batch on the device. Pinned memory is copied while a GPU computes the batch before."""
+    return [(t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True) for t in batch]
+
+
+def autocast(device, dtype):
+    """Multiply matrices in `dtype` over float32 weights: rounding would swallow small updates of a bfloat16 weight."""
+    return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+def peak_flops(device, dtype):
+    """Return the FLOP/s that MFU is a share of: NVIDIA's figure for a known GPU, otherwise a timed matrix product's."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        words = f" {torch.cuda.get_device_name(device).replace('-', ' ')} "
+        if flops := next((flops for name, flops in PEAK_FLOPS.items() if f" {name} " in words), None):
+            return flops
+    n = 1024 if device.type == "cpu" else 4096
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(10):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # .item() waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+@contextlib.contextmanager
+def runtime_errors(memory_hint):
+    """Report in one line that memory is exhausted or another process is gone. memory_hint: what to lower."""
+    try:
+        yield
+    except RuntimeError as e:
+        reason = first_line(e)
+        if any(sign in reason for sign in ("out of memory", "not enough memory", "can't allocate memory")):
+            raise Failure(f"out of memory: {memory_hint} ({reason})") from None
+        if dist.is_initialized() and ("gloo" in reason or "NCCL" in reason):
+            raise Failure(f"another process has ended or hangs: {reason}") from None
+        raise

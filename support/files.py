@@ -1,0 +1,51 @@
+"""Files and directories that are either whole or as they were before, also after a crash or a power cut."""
+
+import errno
+import os
+import shutil
+
+
+def write_atomically(path, content):
+    """Write text or bytes to a file. At every moment the file holds all of it or its former content."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def atomic_replace_dir(new, old):
+    """Move the finished directory `new` to the path `old`, in place of the directory there. At every moment, also after
+    a power cut, one of the two is there and whole; latest_intact_dir() finds it."""
+    for path in (*new.iterdir(), new):
+        fsync(path)
+    aside = old.with_name(old.name + ".replaced")
+    if old.exists():  # if not, a crash left it at `aside`, where it stays until the new one is in place
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(old, aside)
+    os.replace(new, old)
+    fsync(old.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def latest_intact_dir(path):
+    """Return `path`, or the place where a crash in the middle of atomic_replace_dir() left its directory."""
+    aside = path.with_name(path.name + ".replaced")
+    return path if path.exists() or not aside.exists() else aside
+
+
+def fsync(path):
+    """Wait until a file, or a directory's list of files, is on the disk."""
+    is_dir = os.path.isdir(path)
+    try:
+        handle = os.open(path, os.O_RDONLY if is_dir else os.O_RDWR)  # Windows syncs only files opened for writing
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as e:
+        # Windows cannot open directories and some filesystems cannot sync them; their entries are written all the same
+        if not is_dir or e.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):
+            raise

@@ -1,0 +1,41 @@
+"""The Hugging Face Hub. With HF_HUB_OFFLINE=1 in the environment earlier downloads are used and no server is asked."""
+
+import os
+import re
+from pathlib import Path
+
+from support.settings import UserError, user_errors
+
+TEXTS_ON_THE_HUB = {"tinystories": "roneneldan/TinyStories"}
+RECORDS_ON_THE_HUB = {"alpaca": "tatsu-lab/alpaca", "dolly": "databricks/databricks-dolly-15k"}
+
+
+def is_hub_id(name):
+    """Return whether a name reads like USER/REPOSITORY and is no path on this disk."""
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name))) and not os.path.exists(name)
+
+
+def hub_directory(name, files=("*.json", "*.safetensors", "*.jinja")):
+    """Return `name` as a path. If it is a Hub id, download the repository's `files` first."""
+    if not is_hub_id(name):
+        return Path(name)
+    with user_errors(f"{name}: not a directory here, and not downloaded from the Hugging Face Hub"):
+        from huggingface_hub import errors, snapshot_download
+
+        try:
+            return Path(snapshot_download(name, allow_patterns=list(files)))
+        except errors.GatedRepoError:
+            why = f"gated: accept its terms at https://huggingface.co/{name}, then log in with `hf auth login`"
+        except errors.RepositoryNotFoundError:
+            why = "neither a directory here nor a repository on the Hub (a private one needs `hf auth login`)"
+        except errors.LocalEntryNotFoundError:
+            why = "not a directory here nor an earlier download, and the Hugging Face Hub does not answer"
+        raise UserError(f"{name}: {why}")
+
+
+def load_dataset_from_hub(name, flag, subset="", streaming=False):
+    """Return the splits of a dataset on the Hub, by name. flag: the setting that names it, for messages."""
+    with user_errors(f"--{flag}={name}: not a file or folder here, and not downloaded from the Hugging Face Hub"):
+        import datasets  # slow to import
+
+        return datasets.load_dataset(name, subset or None, streaming=streaming)

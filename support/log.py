@@ -1,0 +1,233 @@
+"""A run's log: terminal lines, log.jsonl and its copy in Weights & Biases, loss.png, samples.txt, summary.json."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from support.devices import peak_flops
+from support.files import write_atomically
+from support.processes import get_rank, get_world_size
+from support.settings import Failure, UserError
+
+CLEAR_LINE = "\033[K"  # in a terminal: erase from the cursor to the end of the line
+MAX_SKIPPED = 5  # the run ends after so many steps in a row without a finite loss and gradient
+
+
+def say(text, end="\n"):
+    """Print a line at once. A closed pipe is no error: Ctrl-C ends `| tee` too, and the run still has to save."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class RunLog:
+    """The log of one run, open inside its `with` block. Rank 0 writes it; resuming drops the lines that were written
+    after the checkpoint's step.
+
+    folder: the RunFolder. state: of the run, with step, tokens and settings. floor: entropy floor of the validation
+    set in bits per byte, or None."""
+
+    def __init__(self, folder, model, state, device, dtype, max_iters, floor=None, wandb=False):
+        self.folder, self.model, self.state, self.device = folder, model, state, device
+        self.max_iters, self.floor, self.wandb, self.wandb_run = max_iters, floor, wandb, None
+        self.peak_flops = peak_flops(device, dtype) * get_world_size()
+        self.skipped = 0  # steps in a row
+        self.is_torn = False  # whether writing the last line of log.jsonl failed
+
+    def __enter__(self):
+        self.started = time.perf_counter() - self.state.seconds
+        self.restart_clock()
+        if get_rank() == 0:
+            path = self.folder.path / "log.jsonl"
+            entries = [entry for entry in read_log(path) if entry.get("step", 0) <= self.state.step]
+            write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in entries))
+            if self.wandb:
+                import wandb
+
+                name, settings = self.folder.path.name, self.state.settings
+                self.wandb_run = wandb.init(project="nanogemma", name=name, config=settings)
+        return self
+
+    def __exit__(self, *_):
+        if self.wandb_run:
+            self.wandb_run.finish()
+
+    def elapsed(self):
+        """Return the seconds that this run has taken, before its interruptions too."""
+        return time.perf_counter() - self.started
+
+    def restart_clock(self):
+        """Measure tokens per second from here on."""
+        self.clock_start, self.step_then, self.tokens_then = time.perf_counter(), self.state.step, self.state.tokens
+
+    def step(self, batch, train_loss, lr, grad_norm, **more):
+        """Report a step: a line, and an entry in log.jsonl. batch: a micro-batch like the step's, to count its FLOPs.
+        more: further values for the entry, numbers or dicts of numbers."""
+        state, now = self.state, time.perf_counter()
+        per_second = (state.tokens - self.tokens_then) / (now - self.clock_start)
+        _, labels, *doc_ids = batch
+        head_share = (labels != -100).float().mean().item() if doc_ids else 1.0  # as Gemma.forward() computes it
+        mfu = per_second * self.model.flops_per_token(labels.shape[1], head_share) / self.peak_flops
+        left = (self.max_iters - state.step) * (now - self.clock_start) / (state.step - self.step_then)
+        entry = {"event": "step", "step": state.step, "tokens": state.tokens, "seconds": self.elapsed(),
+                 "train_loss": train_loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_sec": per_second, "mfu": mfu,
+                 **more}  # fmt: skip
+        memory = ""
+        if self.device.type == "cuda":
+            entry["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+            memory = f" peak memory {entry['peak_memory_gb']:.1f} GB,"
+        self.write(entry)
+        line = (f"step {state.step:5}/{self.max_iters}: loss {train_loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, "
+                f"{per_second:,.0f} tokens/s, {mfu:.0%} MFU,{memory} {timedelta(seconds=int(left))} left")  # fmt: skip
+        in_place = sys.stdout.isatty()  # the next line then overwrites this one
+        say(CLEAR_LINE + line[: shutil.get_terminal_size().columns - 1] if in_place else line,
+            end="\r" if in_place else "\n")  # fmt: skip
+        self.restart_clock()
+
+    def evaluation(self, metrics, line, sample):
+        """Report an evaluation: the line and the sample, an entry in log.jsonl, and the files drawn from the log."""
+        state, path = self.state, self.folder.path
+        say(f"{CLEAR_LINE * sys.stdout.isatty()}step {state.step}: {line}\n  {sample}\n")
+        counters = {key: getattr(state, key) for key in ("step", "tokens", "seconds", "best_val_loss")}
+        self.write({"event": "eval", **counters, **metrics, "sample": sample})
+        self.folder.try_write(draw_loss, path / "loss.png", [path], self.floor)
+        self.folder.try_write(write_samples, path)
+        self.folder.try_write(self.write_summary, metrics)
+
+    def check_finite(self, train_loss, grad_norm):
+        """Report a step that optimizer_step() skipped. Raises Failure after MAX_SKIPPED such steps in a row."""
+        if math.isfinite(train_loss) and math.isfinite(grad_norm):
+            self.skipped = 0
+            return
+        self.skipped += 1
+        step = self.state.step
+        say(f"step {step}: skipped, its loss is {train_loss} and its gradient norm {grad_norm}")
+        self.write({"event": "skipped", "step": step, "train_loss": train_loss, "grad_norm": grad_norm})
+        if self.skipped == MAX_SKIPPED:
+            saved = f"the checkpoint of step {self.state.evaluated} is in {self.folder.path}/last"
+            raise Failure(f"{self.skipped} steps in a row without a finite loss and gradient; {saved}; lower "
+                          "learning_rate, or look for odd rows in the data")  # fmt: skip
+
+    def write(self, entry):
+        """Append an entry to log.jsonl, and send its numbers to Weights & Biases."""
+        self.folder.try_write(self.append, finite(entry))
+
+    def append(self, entry):
+        line = "\n" * self.is_torn + json.dumps(entry) + "\n"
+        self.is_torn = True
+        with open(self.folder.path / "log.jsonl", "a") as f:
+            f.write(line)
+        self.is_torn = False
+        if self.wandb_run:
+            numbers = {k: v for k, v in entry.items() if isinstance(v, int | float | dict) and k != "step"}
+            self.wandb_run.log(numbers, step=entry["step"])  # it names a number in a nested dict "outer.inner"
+
+    def write_summary(self, metrics):
+        """Write summary.json: what the run is and where it stands, for programs."""
+        state, path = self.state, self.folder.path
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+        hardware = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
+        summary = {
+            "name": path.name, "steps": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 1),
+            "metrics": finite(metrics | {"best_val_loss": state.best_val_loss}), "floor_bits_per_byte": self.floor,
+            "parameters": self.model.num_params(), "settings": state.settings, "commit": commit or None,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "hardware": f"{get_world_size()} x {hardware}, {torch.get_num_threads()} CPU threads",
+        }  # fmt: skip
+        write_atomically(path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def finite(value):
+    """Return the value with None in place of every number that JSON cannot hold, in nested dicts too."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+LOSS_OF = {"step": "train_loss", "eval": "val_loss", "skipped": "train_loss"}  # the loss in each event of ours
+
+
+def read_log(path):
+    """Return the entries of a log.jsonl. Events that others added stay; lines torn by a crash or a full disk go."""
+    entries = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return [entry for entry in entries if isinstance(entry, dict) and is_whole(entry)]
+
+
+def is_whole(entry):
+    if loss := LOSS_OF.get(str(entry.get("event"))):
+        return isinstance(entry.get("step"), int) and isinstance(entry.get(loss, ""), float | None)
+    return isinstance(entry.get("step", 0), int)
+
+
+def draw_loss(path, out_dirs, floor=None):
+    """Draw the losses of some runs against steps and against minutes into a PNG file: in bits per byte, or in nats per
+    token for instruction tuning; with the entropy floor if it is known."""
+    from matplotlib.figure import Figure  # slow to import
+
+    fig, lowest = Figure(figsize=(11, 4.5), layout="constrained"), math.inf
+    axes = fig.subplots(1, 2, sharey=True)
+    for i, out_dir in enumerate(out_dirs):
+        entries = read_log(out_dir / "log.jsonl")
+        steps = [e for e in entries if e.get("event") == "step" and e["train_loss"] is not None]
+        if not (evals := [e for e in entries if e.get("event") == "eval" and e["val_loss"]]):
+            continue
+        in_bits = evals[0].get("val_bpb") is not None
+        unit = evals[0]["val_bpb"] / evals[0]["val_loss"] if in_bits else 1
+        lowest = min(lowest, *(unit * e["val_loss"] for e in evals))
+        for ax, key, per, label in zip(axes, ("step", "seconds"), (1, 60), ("step", "minutes"), strict=True):
+            x, y = [e[key] / per for e in steps], [unit * e["train_loss"] for e in steps]
+            ax.plot(x, y, f"C{i}", lw=0.6, alpha=0.4)
+            x, y = [e[key] / per for e in evals], [unit * e["val_loss"] for e in evals]
+            ax.plot(x, y, f"C{i}o-", ms=3, label=out_dir.name)
+            ax.set(xlabel=label, ylabel="bits per byte" if in_bits else "nats per token")
+    for ax in axes if lowest < math.inf else []:
+        if floor:
+            ax.axhline(floor, color="black", ls=":", lw=1, label="entropy floor")
+        ax.set_ylim(0.9 * (floor or lowest), 3 * lowest)
+        ax.grid(alpha=0.3)
+        ax.legend()
+    picture = io.BytesIO()
+    fig.savefig(picture, format="png", dpi=100)
+    write_atomically(path, picture.getvalue())
+
+
+def compare_runs(out_dirs):
+    """Print the last evaluation of several runs and draw all of them into compare.png, beside the first."""
+    units = set()
+    for out_dir in out_dirs:
+        evals = [e for e in read_log(out_dir / "log.jsonl") if e.get("event") == "eval" and e["val_loss"]]
+        if not evals:
+            raise UserError(f"--compare: {out_dir / 'log.jsonl'} has no evaluation")
+        last = evals[-1]
+        in_bits = last.get("val_bpb") is not None
+        units.add(in_bits)
+        loss = f"{last['val_bpb']:.4f} bits per byte" if in_bits else f"{last['val_loss']:.4f} nats per token"
+        print(f"{out_dir}: {loss} after {last['step']:,} steps, {last['tokens']:,} tokens, "
+              f"{last['seconds'] / 60:.1f} minutes\n  {last['sample']}\n")  # fmt: skip
+    if len(units) > 1:
+        raise UserError("--compare: pretraining is drawn in bits per byte, tuning in nats per token: name one kind")
+    draw_loss(path := out_dirs[0].with_name("compare.png"), out_dirs)
+    print(f"drawn to {path}")
+
+
+def write_samples(out_dir):
+    """Write samples.txt from log.jsonl: the text that the model wrote at each evaluation."""
+    evals = [entry for entry in read_log(out_dir / "log.jsonl") if entry.get("event") == "eval"]
+    texts = [f"--- step {e['step']}, val loss {e['val_loss'] or math.nan:.4f}\n{e.get('sample')}\n\n" for e in evals]
+    write_atomically(out_dir / "samples.txt", "".join(texts))

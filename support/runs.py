@@ -1,0 +1,182 @@
+"""A run's folder: out/<run>/ with the checkpoints last/ and best/, and the state from which a run resumes."""
+
+import math
+import os
+import shutil
+import time
+import warnings
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch.utils._pytree import tree_leaves, tree_map
+
+from model import Gemma, GemmaConfig, tensor_shapes
+from support.files import atomic_replace_dir, latest_intact_dir
+from support.log import say
+from support.processes import distribute, full_tensor_on_rank0, get_rank
+from support.settings import Failure, UserError, first_line, user_errors
+
+# evaluated: the step of the last evaluation
+NEW_STATE = {"step": 0, "tokens": 0, "seconds": 0.0, "best_val_loss": math.inf, "evaluated": -1}
+
+
+def new_state(dataset, settings):
+    """Return the state of a new run, which train_state.pt saves whole. dataset: fingerprint of all its data."""
+    return SimpleNamespace(**NEW_STATE, dataset=dataset, settings=settings)
+
+
+class RunFolder:
+    """The folder of one run. A run that lies there already is moved aside, unless it is resumed.
+
+    Rank 0 writes. A write that fails, as on a full disk, is reported and kept in `errors`, and training goes on."""
+
+    def __init__(self, out_dir, init_from):
+        self.path, self.errors = Path(out_dir), []
+        if get_rank() == 0:
+            init_from = resolve_init_from(out_dir, init_from)  # again, for callers that skip main()
+            if init_from != "resume" and self.path.exists() and any(self.path.iterdir()):
+                aside = self.path.with_name(f"{self.path.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+                os.replace(self.path, aside)
+                print(f"the run that was in {self.path} is now in {aside}")
+            self.path.mkdir(parents=True, exist_ok=True)
+            if job := os.environ.get("TORCHELASTIC_RUN_ID"):  # torchrun's name for this job, the same after restarts
+                (self.path / ".job").write_text(job)
+        if dist.is_initialized():
+            dist.barrier()
+
+    def try_write(self, write, *args):
+        """Call write(*args) on rank 0. Report an OSError and go on."""
+        try:
+            if get_rank() == 0:
+                write(*args)
+        except OSError as e:
+            self.errors.append(str(e))
+            say(f"warning: {e}; training goes on")
+
+    def save(self, name, save_model, model, state=None, optimizers=None):
+        """Save a checkpoint. Every rank must call it: sharded tensors are gathered one by one.
+
+        save_model(path, weights): writes a model directory. state, optimizers: to resume from, in train_state.pt.
+        Raises Failure if the run then has no checkpoint to resume from."""
+        state = state and vars(state) | {"optimizer": optimizer_state(optimizers, model)}
+        weights, state = tree_map(full_tensor_on_rank0, (model.state_dict(), state))
+        self.try_write(write_checkpoint, self.path / name, save_model, weights, state)
+        if get_rank() == 0 and state is not None and not latest_intact_dir(self.path / name).exists():
+            raise Failure(self.errors[-1])
+
+    def raise_errors(self):
+        if self.errors:
+            raise Failure(f"{len(self.errors)} writes failed, the last of them: {self.errors[-1]}")
+
+
+def resolve_init_from(out_dir, init_from):
+    """Return init_from, or "resume" if torchrun restarted this run. Raises UserError if out_dir holds anything that
+    could not be moved aside, or that is no run of ours."""
+    with user_errors(f"--out_dir={out_dir!r}"):
+        path = Path(out_dir)
+        is_restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # after a crash, by --max-restarts
+        job = path / ".job"
+        is_same_job = job.exists() and job.read_text() == os.environ.get("TORCHELASTIC_RUN_ID")
+        if is_restarted and is_same_job and latest_intact_dir(path / "last").exists():
+            return "resume"
+        if init_from == "resume" or not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return init_from
+        resolved = path.resolve()
+        if not any((resolved / name).exists() for name in ("log.jsonl", "last", "best", ".job")):
+            raise UserError(f"--out_dir={out_dir}: has files in it that are no run of ours: name another folder")
+        if path.is_symlink() or os.path.ismount(resolved) or Path.cwd().is_relative_to(resolved):
+            raise UserError(f"--out_dir={out_dir}: the run in it cannot be moved aside: name another folder")
+        if Path(init_from).resolve().is_relative_to(resolved):
+            raise UserError(f"--out_dir={out_dir}: contains the model to start from: name another folder")
+    return init_from
+
+
+def write_checkpoint(path, save_model, weights, state=None):
+    """Write a model directory, with train_state.pt if `state` is given, beside `path`; check that it is whole and on
+    the disk; then swap it in. Raises OSError if that fails; the checkpoint at `path` is then still there."""
+    part = path.with_name(path.name + ".part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        save_model(part, weights)
+        if state is not None:
+            torch.save(state, part / "train_state.pt")
+            torch.load(part / "train_state.pt", map_location="meta", weights_only=True)
+        for file in part.glob("*.safetensors"):
+            tensor_shapes(file)
+        atomic_replace_dir(part, path)
+    except (OSError, RuntimeError, SafetensorError, ValueError) as e:  # torch and safetensors have errors of their own
+        shutil.rmtree(part, ignore_errors=True)
+        size = sum(t.nbytes for t in tree_leaves((weights, state)) if isinstance(t, torch.Tensor))
+        free = shutil.disk_usage(path.parent).free
+        before = "; the checkpoint of before is whole" if latest_intact_dir(path).exists() else ""
+        raise OSError(f"{path}: not saved: {first_line(e)} ({size / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free)"
+                      f"{before}") from None  # fmt: skip
+
+
+def open_model(path, device, dtype=torch.float32, dropout=0.0):
+    """Return Gemma.from_pretrained(path), and report what is wrong with the directory in one line."""
+    path = latest_intact_dir(Path(path))
+    with user_errors(f"{path}: not a Gemma 3 model directory"):
+        return Gemma.from_pretrained(path, device, dtype, dropout)
+
+
+def check_architecture(arch, config, path):
+    """Raise UserError if settings other than the defaults contradict the trained model in `path`."""
+    ignored = {"bos_token_id", "eos_token_id", "pad_token_id", "sliding_window_pattern"}  # layer_types has the last
+    for f in fields(arch):
+        setting, trained, default = (getattr(c, f.name) for c in (arch, config, GemmaConfig()))
+        if f.name not in ignored and setting not in (trained, default):
+            raise UserError(f"{f.name}={setting}: the model in {path} has {trained}, which settings can't change")
+
+
+def read_state(path, dataset, settings, fixed, fsdp=False):
+    """Return the state of the run that left the checkpoint `path`, to resume from.
+
+    dataset, settings: of this run. The dataset must be the same, and so must the settings named in `fixed`; other
+    changes are printed. fsdp: ranks other than 0 get the optimizer's tensors without their content."""
+    kinds = {key: type(value) for key, value in NEW_STATE.items()} | {"optimizer": dict, "settings": dict}
+    unreadable = f"{path / 'train_state.pt'} cannot be read by this version; start a new run with --init_from={path}"
+    with user_errors(unreadable), warnings.catch_warnings(action="ignore"):  # one line is enough
+        device = "meta" if fsdp and get_rank() else "cpu"
+        state = SimpleNamespace(**torch.load(path / "train_state.pt", map_location=device, weights_only=True))
+        for key, kind in kinds.items():
+            if not isinstance(getattr(state, key), kind):
+                raise ValueError(f"{key} is {type(getattr(state, key)).__name__}")
+    if None not in (saved := getattr(state, "dataset", None), dataset) and saved != dataset:
+        raise UserError(f"the run in {path} was trained on another dataset than is there now: name that one, or start "
+                        "a new run")  # fmt: skip
+    settings = {key: value for key, value in settings.items() if value is not None and key != "init_from"}
+    before, ignored = state.settings, {"out_dir", "device", "eval_only"}
+    changed = [key for key in settings if key in before and key not in ignored and before[key] != settings[key]]
+    for key in changed:
+        if key in fixed:
+            raise UserError(f"{key}={settings[key]}: the run in {path} has {before[key]}; resume with that")
+    if changed:
+        now = ", ".join(f"{key} {before[key]} -> {settings[key]}" for key in changed)
+        print(f"resuming with other settings than before: {now}")
+    if "epochs" in changed:
+        del before["max_iters"]  # epochs decides it, unless max_iters is named too
+    state.settings = before | settings
+    return state
+
+
+def optimizer_state(optimizers, model):
+    """Return {parameter name: its state} of all optimizers, so that a checkpoint does not depend on their groups."""
+    names = {p: name for name, p in model.named_parameters()}
+    return {names[p]: values for optimizer in optimizers for p, values in optimizer.state.items()}
+
+
+def load_optimizers(optimizers, model, saved, fsdp):
+    """Load optimizer state that any number of processes may have saved. Settings, such as momentum, stay this run's."""
+    names = {p: name for name, p in model.named_parameters()}
+    for optimizer in optimizers if saved else []:
+        state = {}
+        for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            values = saved.get(names[p], {})
+            state[i] = {key: distribute(value, p) if fsdp else value for key, value in values.items()}
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

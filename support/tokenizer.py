@@ -1,0 +1,176 @@
+"""Tokenizers in the Hugging Face format. tiktoken runs those that are byte-level BPE, `tokenizers` the others."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from support.settings import user_errors
+
+END_OF_TEXT = "<|endoftext|>"
+# GPT-2 splits text into these words before merging
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# GPT-2 writes bytes as printable characters: printable bytes as themselves, the others as characters from 256 up
+PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+BYTE_TO_CHAR = {b: chr(b) for b in PRINTABLE}
+BYTE_TO_CHAR |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in BYTE_TO_CHAR)}
+
+
+class Tokenizer:
+    """A tokenizer in the Hugging Face format. Special tokens are never recognized in text, only inserted by code."""
+
+    def __init__(self, spec, config=None):
+        """spec: dict of tokenizer.json. config: dict of tokenizer_config.json, if there is one."""
+        # truncation and padding are left over from fine-tuning
+        self.spec = spec = spec | {"truncation": None, "padding": None}
+        self.config = config or {}
+        special = {t["content"]: t["id"] for t in spec["added_tokens"] if t["special"]}
+        named = self.config.get("eos_token")
+        usual = [named["content"] if isinstance(named, dict) else named]
+        usual += [END_OF_TEXT, "<eos>", "</s>", "<|end_of_text|>"]
+        if not special.keys() & set(usual):
+            raise ValueError(f"no end-of-text token: none of {', '.join(usual[1:])} is in added_tokens")
+        self.eot_token = next(name for name in usual if name in special)
+        self.bos_token = next((t for t in ("<bos>", "<s>", "<|begin_of_text|>") if t in special), self.eot_token)
+        self.pad_token = "<pad>" if "<pad>" in special else self.eot_token
+        self.eot = special[self.eot_token]
+        self.bos = special[self.bos_token]  # stands before a text
+        self.pad = special[self.pad_token]
+        self.special_ids = set(special.values())
+        # the ids that a text can have; a tokenizer may name more special tokens than its models have rows for
+        ids, plain = spec["model"]["vocab"].values(), [t["id"] for t in spec["added_tokens"] if not t["special"]]
+        if len(set(ids)) < len(ids):
+            raise ValueError("two tokens of the vocabulary have the same id")
+        self.text_ids = {*ids, *plain} - self.special_ids
+        self.vocab_size = 1 + max(*self.text_ids, self.eot, self.bos)
+        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)  # in the bins
+        self.bpe = byte_level_bpe(spec, special)
+        self.hf = None if self.bpe else tokenizers.Tokenizer.from_str(json.dumps(spec))
+
+    @classmethod
+    def load(cls, path):
+        """Read a tokenizer.json, or the one in a directory, and the two files that may lie beside it."""
+        path = Path(path)
+        path = path / "tokenizer.json" if path.is_dir() else path
+        beside, chat = path.with_name("tokenizer_config.json"), path.with_name("chat_template.jinja")
+        with user_errors(f"{path}: not a tokenizer.json that can be used"):
+            spec = json.loads(path.read_text(encoding="utf-8"))
+            config = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+            if chat.exists():
+                config["chat_template"] = chat.read_text(encoding="utf-8")
+            return cls(spec, config)
+
+    def save(self, path):
+        """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer opens."""
+        if not self.spec.get("post_processor"):  # so that other programs too begin a text with the bos token
+            hf = tokenizers.Tokenizer(models.BPE())
+            special_tokens = [(self.bos_token, self.bos)]
+            hf.post_processor = processors.TemplateProcessing(f"{self.bos_token} $A", special_tokens=special_tokens)
+            self.spec["post_processor"] = json.loads(hf.to_str())["post_processor"]
+        (path / "tokenizer.json").write_text(json.dumps(self.spec, ensure_ascii=False), encoding="utf-8")
+        names = {"bos_token": self.bos_token, "eos_token": self.eot_token, "pad_token": self.pad_token}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
+        config |= self.config  # a published tokenizer keeps its own
+        (path / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    def encode(self, text, markers=False):
+        """Return the token ids of a str as a uint32 array. markers: turn the names of special tokens into those tokens,
+        for the text of chat templates; never for text from outside."""
+        if self.bpe:
+            allowed = "all" if markers else set()
+            return self.bpe.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
+        self.hf.encode_special_tokens = not markers  # whether their names are text
+        return np.array(self.hf.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+    def encode_documents(self, texts):
+        """Return the token ids of all texts as one uint32 array, with end-of-text after each."""
+        if self.bpe and not any(self.eot_token in text for text in texts):
+            # one call for many documents, because tiktoken releases the GIL; texts between special tokens do not merge
+            joined = "".join(text + self.eot_token for text in texts)
+            return self.bpe.encode_to_numpy(joined, allowed_special={self.eot_token}, disallowed_special=())
+        ended = [np.append(self.encode(text), np.uint32(self.eot)) for text in texts]
+        return np.concatenate([np.zeros(0, dtype=np.uint32), *ended])
+
+    def decode(self, ids):
+        """Return the text of token ids, without special tokens. An incomplete character at the end becomes U+FFFD."""
+        # an embedding may have more rows than the tokenizer has entries; they have no text
+        ids = [int(i) for i in ids if int(i) in self.text_ids]
+        return self.bpe.decode(ids) if self.bpe else self.hf.decode(ids)
+
+
+def byte_level_bpe(spec, special):
+    """Return the tiktoken encoding equal to a tokenizer.json, or None if that is not a plain byte-level BPE."""
+    model, split = {"type": "BPE"} | spec["model"], spec.get("pre_tokenizer") or {}
+    steps = split.get("pretokenizers", [split])
+    *before, last = steps
+    if model["type"] != "BPE" or spec.get("normalizer") or last.get("type") != "ByteLevel" or last["add_prefix_space"]:
+        return None
+    if model.get("byte_fallback") or model.get("dropout") or len(before) + last.get("use_regex", True) != 1:
+        return None
+    pattern = GPT2_PATTERN
+    if before:
+        if before[0]["type"] != "Split" or before[0]["behavior"] != "Isolated" or "Regex" not in before[0]["pattern"]:
+            return None
+        pattern = before[0]["pattern"]["Regex"]
+    byte = {char: value for value, char in BYTE_TO_CHAR.items()}
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    order = [model["vocab"].get(a + b) for a, b in merges]
+    # tiktoken merges in the order of token ids, so the ids must rise with the merges
+    if None in order or order != sorted(set(order)) or not byte.keys() <= model["vocab"].keys():
+        return None
+    ranks = {
+        bytes(byte[c] for c in token): rank
+        for token, rank in model["vocab"].items()
+        if token not in special and all(c in byte for c in token)
+    }
+    if len(ranks) != 256 + len(merges):
+        return None
+    return tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def spec_of_tiktoken(encoding):
+    """Return the dict of a tokenizer.json equal to a tiktoken encoding. tiktoken stores merged tokens without their
+    pairs; a token's pair is the result of merging its bytes with the earlier tokens alone."""
+    ranks = encoding._mergeable_ranks
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda x: x[1]):
+        if len(token) > 1:
+            parts = [token[i : i + 1] for i in range(len(token))]
+            while len(parts) > 2:
+                pairs = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
+                at = pairs.index(min(pairs))
+                parts[at : at + 2] = [parts[at] + parts[at + 1]]
+            merges.append(tuple(map(printable, parts)))
+    vocab = {printable(token): rank for token, rank in ranks.items()}
+    if encoding.name == "gpt2":
+        pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        # the regex dialects differ: in Oniguruma {1,3}+ repeats the repetition, and $ matches at any line's end
+        pattern = encoding._pat_str.replace("{1,3}+", "{1,3}").replace("$", r"\z")
+        cut = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        pre_tokenizer = pre_tokenizers.Sequence([cut, byte_level])
+    hf = tokenizers.Tokenizer(models.BPE(vocab, merges))
+    hf.pre_tokenizer, hf.decoder = pre_tokenizer, decoders.ByteLevel()
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    special = sorted(encoding._special_tokens.items(), key=lambda x: x[1])
+    return json.loads(hf.to_str()) | {"added_tokens": [{"id": i, "content": name, **flags} for name, i in special]}
+
+
+def printable(token):
+    return "".join(BYTE_TO_CHAR[b] for b in token)
+
+
+def train_bpe(texts, vocab_size):
+    """Train a byte-level BPE of vocab_size entries, end-of-text included. Return the dict of its tokenizer.json."""
+    hf = tokenizers.Tokenizer(models.BPE())
+    hf.pre_tokenizer, hf.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
+    hf.train_from_iterator(texts, trainer)
+    hf.add_special_tokens([END_OF_TEXT])
+    return json.loads(hf.to_str())
