@@ -95,7 +95,8 @@ class TuneConfig(TrainConfig):
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer with a low-rank addition: base(x) + scale * B(A(dropout(x)))."""
+    """A frozen linear layer with a low-rank addition: base(x) + scale * B(A(dropout(x))). For another kind of adapter
+    change forward() and merged() together, and the settings that save_adapter() and support/adapters.py know."""
 
     def __init__(self, base, rank, alpha, dropout=0.0):
         super().__init__()
@@ -111,6 +112,10 @@ class LoRALinear(nn.Module):
         base = self.base_layer(x.to(self.base_layer.weight.dtype))
         update = self.lora_B(self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype)))) * self.scale
         return base + update.to(base.dtype)
+
+    def merged(self):
+        """Return the weight of the plain layer that computes the same, in float32."""
+        return self.base_layer.weight.float() + self.lora_B.weight.float() @ self.lora_A.weight.float() * self.scale
 
 
 def add_lora(model, rank=8, alpha=16, dropout=0.0, target_modules="all-linear"):
@@ -135,10 +140,8 @@ def add_lora(model, rank=8, alpha=16, dropout=0.0, target_modules="all-linear"):
 def merge_lora(model):
     """Add the adapters to their base layers, in place. Return the plain model, which computes the same."""
     for name, layer in lora_layers(model):
-        base = layer.base_layer
-        delta = layer.lora_B.weight.float() @ layer.lora_A.weight.float() * layer.scale
-        base.weight.copy_(base.weight.float() + delta)
-        model.set_submodule(name, base)
+        layer.base_layer.weight.copy_(layer.merged())
+        model.set_submodule(name, layer.base_layer)
     return model.requires_grad_(True)
 
 
@@ -337,8 +340,7 @@ class InstructionTuning:
             self.model.config.eos_token_id = stops if len(stops) > 1 else self.end
             self.model.save_pretrained(path, weights)
         self.tokenizer.save(path)
-        instruct = {"template": self.template}
-        instruct |= {"base_fingerprint": self.base_fingerprint} if self.base_fingerprint else {}
+        instruct = {"template": self.template, "base_fingerprint": self.base_fingerprint}
         (path / "instruct.json").write_text(json.dumps(instruct) + "\n")
 
 
@@ -436,7 +438,7 @@ def print_plan(task):
 
 
 def measure(task, num_checked=None):
-    """Return what the report compares before and after tuning: (figures by name, answers). num_checked: default all."""
+    """Return (figures by name, answers) for the report. num_checked: number of answers to check; None: all."""
     lora_cfg, records, results = task.lora_cfg, task.val_records, {}
     task.model.eval()
     if lora_cfg.data in CORPORA:
@@ -516,9 +518,9 @@ def save_adapter(model, path, base_model="", weights=None):
 
 
 def adapter_names(model):
-    """Return {PEFT's name: our name} of the adapters' weights."""
-    ours = [f"{name}.{part}.weight" for name, _ in lora_layers(model) for part in ("lora_A", "lora_B")]
-    return {f"base_model.model.{name}": name for name in ours}
+    """Return {PEFT's name: our name} of the adapters' weights: every parameter of a LoRALinear but its base's."""
+    parts = [(f"{name}.{part}", part) for name, layer in lora_layers(model) for part, _ in layer.named_parameters()]
+    return {f"base_model.model.{name}": name for name, part in parts if not part.startswith("base_layer.")}
 
 
 def load_adapter(model, path, dropout=None):
@@ -554,8 +556,8 @@ def load_checkpoint(model, path):
 
 def cast_base_weights(model, dtype):
     """Store the frozen layers' weights in the dtype in which autocast multiplies them: the products are the same, in
-    bfloat16 they take half the memory, and no step needs a cast. Merging rereads the original weights from disk. If
-    some linear layers have no adapter, none is cast, because answers are made without autocast: dtypes cannot mix."""
+    bfloat16 they take half the memory, and no step needs a cast. Merging rereads the original weights from disk. Cast
+    only if every linear layer has an adapter: answers are made without autocast, which cannot mix dtypes."""
     layers = [layer for _, layer in lora_layers(model)]
     if 3 * len(layers) == sum(isinstance(module, nn.Linear) for module in model.modules()):  # base, A and B
         for layer in layers:

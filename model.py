@@ -27,6 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 
+# The kinds of layers. A third one also needs its part in check_config(), forward()'s contexts, KVCache.slots and
+# valid_slots(), flops_per_token() and support/export_gguf.py
 SLIDING, FULL = "sliding_attention", "full_attention"
 # x -> a tensor of the same shape, by transformers' names
 ACTIVATIONS = {
@@ -125,8 +127,8 @@ def blocked_attention(q, k, v, window, scale, dropout, doc_ids=None):
 
 
 def flash_attention(q, k, v, window, scale, dropout, doc_ids):
-    """The same in one kernel, FlashAttention-2, without dropout or doc_ids. PyTorch's varlen_attn would take doc_ids,
-    but its gradients are wrong when PyTorch 2.11 compiles it (docs/gpu.md)."""
+    """The same in one kernel, FlashAttention-2, for dropout 0 and doc_ids None alone. PyTorch's varlen_attn would take
+    doc_ids, but its gradients are wrong when PyTorch 2.11 compiles it (docs/gpu.md)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     T, more = q.shape[1], {"scale": scale, "window_size_left": window - 1, "window_size_right": 0}
     y, *_ = torch.ops.aten._flash_attention_forward(q, k, v, None, None, T, T, dropout, False, False, **more)
@@ -135,18 +137,18 @@ def flash_attention(q, k, v, window, scale, dropout, doc_ids):
 
 def cached_attention(q, k, v, window, scale, dropout, valid):
     """Attention of one token's q (B, H, 1, D) to the slots of a KVCache, k and v (B, K, slots, D), for which `valid`
-    (slots,) is true. The cache holds no more than the window."""
+    (slots,) is true. The cache holds no more than the window; dropout is not applied."""
     grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[3])  # (B, K, H/K, D): heads that share keys make one product
     scores = (grouped @ k.transpose(2, 3)).float() * scale
     return (scores.masked_fill(~valid, -math.inf).softmax(-1).type_as(v) @ v).view(q.shape)
 
 
 class AttentionContext(NamedTuple):
-    """What the attention layers of one kind share in a forward pass."""
+    """What the attention layers of one kind share in a forward pass, and how the kinds differ."""
 
     rope: tuple  # of rope_table()
     attend: Any  # blocked_attention, flash_attention or cached_attention
-    window: int  # keys up to its own that a query sees
+    window: int  # how many keys a query sees, its own being the last
     mask: torch.Tensor | None  # doc_ids, or the valid slots of the cache
     cache: Any  # KVCache, or None
 
@@ -390,17 +392,15 @@ class Gemma(nn.Module):
         c, embedding, head = self.config, self.model.embed_tokens.weight, self.head_weight
         shares = ((p, head_share if p is head else p is not embedding) for p in self.parameters() if p.ndim > 1)
         matrices = sum(share * (6 if p.requires_grad else 4) * p.numel() for p, share in shares)
-        attended = sum(min(T, c.sliding_window) if kind == SLIDING else T for kind in c.layer_types)
+        attended = sum({SLIDING: min(T, c.sliding_window), FULL: T}[kind] for kind in c.layer_types)
         return matrices + 12 * c.num_attention_heads * c.head_dim * attended
 
     @torch.no_grad()
-    def generate(
-        self, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(), seed=None, lengths=None
-    ):
+    def generate(self, prompt, max_new_tokens, stop_ids=(), seed=None, lengths=None, **sampling):
         """Continue prompt (B, T), T >= 1: yield a (B,) tensor of token ids per step.
 
         A row ends after max_new_tokens, with one of stop_ids, or at the model's last position, and yields -1 from then
-        on. Temperature 0 is greedy; top_k 0 and top_p 1 draw from all tokens. Raises ValueError if the prompt leaves no
+        on. sampling: temperature, top_k, top_p, as in sample_token(). Raises ValueError if the prompt leaves no
         position free, FloatingPointError if logits are NaN.
 
         lengths (B,): lengths of prompts that are padded on the right. The steps begin after the shortest prompt, and a
@@ -421,7 +421,7 @@ class Gemma(nn.Module):
             logits = forward(tokens, cache=cache)[:, -1].float()  # (B, V)
             if logits.isnan().any():
                 raise FloatingPointError("the model's logits are NaN: its weights are damaged or too large")
-            token = sample_token(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+            token = sample_token(logits, generator=generator, **sampling)
             if torch.distributed.is_initialized():  # processes with different tokens would wait for each other forever
                 torch.distributed.broadcast(token, 0)
             reading = position < lengths  # (B,), whether the row still reads its prompt
@@ -458,9 +458,8 @@ class Gemma(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=torch.float32, dropout=0.0):
-        """Open a model directory in the Hugging Face format: one of ours, or a published Gemma 3, in one file or in
-        shards. From a multimodal model it takes the text part. On the "meta" device the model has shapes but no
-        weights. Raises ValueError for a missing, unexpected or misshapen tensor, OSError for a missing file."""
+        """Open a model directory in the Hugging Face format; of a multimodal model the text part. On the "meta" device
+        the model gets no weights. Raises ValueError for a missing, unexpected or misshapen tensor."""
         path, device = Path(path), torch.device(device)
         with torch.device("meta"):  # takes no memory and draws no random numbers
             model = cls(read_config(path), dropout)
@@ -472,9 +471,8 @@ class Gemma(nn.Module):
 
     def save_pretrained(self, path, weights=None):
         """Write config.json, generation_config.json and model.safetensors. weights: instead of the model's own."""
-        path = Path(path)
+        path, c = Path(path), self.config
         path.mkdir(parents=True, exist_ok=True)
-        c = self.config
         ids = {"bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id, "pad_token_id": c.pad_token_id}
         dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
         (path / "config.json").write_text(json.dumps(config_to_dict(c) | {"dtype": dtype}, indent=2) + "\n")
@@ -501,11 +499,12 @@ class KVCache:
             torch._dynamo.mark_static_address(self.length)
 
     def valid_slots(self):
-        """Return for each kind of layer which slots (slots,) a new token sees: all that are in use, with its own."""
+        """Return {kind: bool (slots,)}: the slots that a new token sees, which are those in use and its own."""
         return {kind: torch.arange(n, device=self.length.device) <= self.length for kind, n in self.slots.items()}
 
     def update(self, layer, k, v):
-        """Store k, v (B, K, T, D). Return what to attend to: a prompt (T > 1) to itself, a new token to all slots."""
+        """Store k, v (B, K, T, D). Return the keys and values to attend to: a prompt's own (T > 1), or the whole
+        ring."""
         kv = torch.stack((k, v))  # (2, B, K, T, D)
         slots, T = self.slots[self.kinds[layer]], k.shape[2]
         if self.rings[layer] is None:

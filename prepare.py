@@ -253,8 +253,7 @@ def hold_out(corpus, cfg):
         if lowest < fraction <= highest:
             break
     if lowest == highest:  # one document
-        corpus.splits, corpus.bits = split_text(text, cfg), None
-        corpus.max_documents = None  # its pieces do not count as documents
+        corpus.splits, corpus.bits, corpus.max_documents = split_text(text, cfg), None, None
         return
     corpus.val_fraction = min(max(fraction, math.nextafter(lowest, 1)), highest)
     if corpus.val_fraction != fraction:

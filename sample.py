@@ -156,7 +156,7 @@ class Writer:
                 f"the prompt's {len(ids)} tokens leave no room in the model's {limit} positions: shorten it"
             )
         started, printed = time.perf_counter(), 0
-        sampling = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p, "seed": cfg.seed}
+        sampling = {key: getattr(cfg, key) for key in ("temperature", "top_k", "top_p", "seed")}
         for made in self.model.generate_batch([ids] * cfg.num_samples, cfg.max_new_tokens, stops, **sampling):
             if cfg.num_samples == 1:
                 shown = (text + self.tokenizer.decode(made[0])).lstrip()

@@ -109,14 +109,15 @@ class TrainConfig:
 
 
 def fit(task, cfg, state, device):
-    """Train task.model until cfg.max_iters. If a signal asks for it, save and end the process.
+    """Train task.model until cfg.max_iters. After SIGTERM or Ctrl-C, save and end the process.
 
-    state: from new_state() or read_state(). task: what to learn (Pretraining below, InstructionTuning in lora.py). It
-    has `model`, `floor` (entropy floor of the first validation set in bits per byte, or None), and
+    state: from new_state() or read_state(). It is saved whole: put there what must survive a resume.
+    task: what to learn (Pretraining below, InstructionTuning in lora.py). It has `model`, `floor` (entropy floor of the
+    first validation set in bits per byte, or None), and
 
         micro_batches(step)         [(tokens, labels), ...] or [(tokens, labels, doc_ids), ...], for Gemma.forward()
         validation_sets()           {name: iterable of such batches}; the first set decides which checkpoint is the best
-        metrics(losses)             of {name: nats per label}: ({"val_loss": ..., ...} for the log, a line to print)
+        metrics(losses)             {name: nats per label} -> ({"val_loss": ..., ...} for the log, a line to print)
         sample()                    a text that the model writes
         save_model(path, weights)   write a model directory
     """
@@ -138,17 +139,17 @@ def fit(task, cfg, state, device):
             if (is_done or state.step % cfg.eval_interval == 0) and state.evaluated != state.step:
                 model.eval()
                 losses = validation_losses(task, device, dtype)
-                val_loss, *_ = losses.values()
+                val_loss = next(iter(losses.values()))  # the first set decides
                 is_best = val_loss < state.best_val_loss
                 state.best_val_loss = val_loss if is_best else state.best_val_loss
-                state.evaluated, state.seconds = state.step, log.elapsed()
+                state.evaluated = state.step  # a resumed run does not evaluate again here
                 log.evaluation(*task.metrics(losses), task.sample())
                 if is_best:
                     folder.save("best", task.save_model, model)
                 model.train()
                 folder.save("last", task.save_model, model, state, optimizers)
                 log.restart_clock()
-            if is_done:
+            if is_done:  # another stopping rule goes here, and what it counts into `state`
                 break
 
             # one step
@@ -159,17 +160,17 @@ def fit(task, cfg, state, device):
             state.tokens += sum(num_tokens(labels) for _, labels, *_ in micro_batches)
             micro_batches = task.micro_batches(state.step + 1)  # while the device is busy
             loss, grad_norm = optimizer_step(optimizers, loss, cfg.grad_clip)
-            state.step += 1
-            # here the weights are new: update an average of them
+            state.step, state.seconds = state.step + 1, log.elapsed()
+            # here the weights are new: update an average of them, or save by time with folder.save("last", ...)
 
+            metrics = {"train_loss": loss, "lr": lr, "grad_norm": grad_norm}
             log.check_finite(loss, grad_norm)
             if state.step % cfg.log_interval == 0 or state.step == cfg.max_iters:
-                log.step(micro_batches[0], loss, lr, grad_norm)
+                log.step(micro_batches[0], metrics)  # a batch of the next step, but of the same shape
             if state.step == first_step + 1:  # this step included compilation
                 log.restart_clock()
                 gc.freeze()  # what exists now will stay: Python's garbage collector need not search it again
-        if signals.stop_requested():  # perhaps only since the last evaluation
-            state.seconds = log.elapsed()
+        if signals.stop_requested():  # also if the signal came during the last evaluation
             folder.save("last", task.save_model, model, state, optimizers)
     folder.raise_errors()
     if signals.stop_signal:
@@ -214,10 +215,11 @@ def set_learning_rate(optimizers, step, cfg):
 
 def accumulate_gradients(forward, micro_batches, device, dtype):
     """Accumulate the gradients of a step's micro-batches, of which each process computes a share. Return the mean loss
-    in nats per label, a tensor on the device, which may still be computing it."""
+    in nats per label as a tensor, which the device may still be computing."""
     # every label of the step weighs the same, however unevenly micro-batches and processes share them
     num_labels = sum(int((labels != -100).sum()) for _, labels, *_ in micro_batches)
-    total, own_batches = torch.zeros((), device=device), local_micro_batches(micro_batches)
+    own_batches = local_micro_batches(micro_batches)  # in another order, perhaps only some rows of each
+    total = torch.zeros((), device=device)
     for i, batch in enumerate(own_batches):
         if isinstance(forward, DistributedDataParallel):  # all-reduce in the last backward only
             forward.require_backward_grad_sync = i == len(own_batches) - 1
@@ -246,7 +248,8 @@ def validation_losses(task, device, dtype):
 
 
 def evaluate(model, batches, device, dtype):
-    """Return the mean loss in nats per label over batches, of which each process computes a share."""
+    """Return the mean loss in nats per label over batches, of which each process computes a share. A metric that needs
+    logits can be summed here too: model(tokens) returns them, with labels the model returns the loss alone."""
     was_training, batches = model.training, iter(batches)
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)  # of losses, of labels
@@ -264,8 +267,7 @@ def evaluate(model, batches, device, dtype):
 
 def num_tokens(labels):
     """Return the number of tokens in rows of labels (B, T), without the padding after each row's last label."""
-    padding = (labels != -100).flip(1).int().argmax(1)
-    return labels.numel() - int(padding.sum())
+    return labels.numel() - int((labels != -100).flip(1).int().argmax(1).sum())
 
 
 # ---- optimizers ------------------------------------------------------------------------------------------------------
@@ -361,8 +363,8 @@ class PackedDataset:
     that is cut off at a row's end begins the next row again, so that every token is predicted from its whole document
     at least once. A document longer than a row continues in the next row.
 
-    To train on other rows, write a class with batch(rows) and __len__ and use it in Pretraining.train_rows. Each epoch
-    visits its rows in an order of its own."""
+    To train on other rows, write a class with batch(rows) and __len__ and use it in Pretraining.train_rows. The caller
+    shuffles: every epoch visits each row once."""
 
     def __init__(self, dataset, split, block_size):
         path, meta, tokenizer = dataset
@@ -378,7 +380,7 @@ class PackedDataset:
             document_end = int(ends[num_ended - 1]) if num_ended else -1
             start = document_end if document_end > start else row_end
         self.starts = np.array(starts)
-        self.num_new_labels = np.diff(self.starts, append=last)  # of each row, without those that the next row repeats
+        self.num_new_labels = np.diff(self.starts, append=last)  # labels of each row that the next row does not repeat
 
     def __len__(self):
         return len(self.starts)
@@ -449,11 +451,14 @@ class Pretraining:
     def __init__(self, data_cfg, cfg, model, dataset):
         self.data_cfg, self.cfg, self.model, self.dataset = data_cfg, cfg, model, dataset
         sizes = data_cfg.block_size, data_cfg.batch_size, data_cfg.eval_tokens
-        self.val_sets = {"val": ValidationSet(dataset, *sizes)}  # the first set decides which checkpoint is the best
+        val_datasets = {"val": dataset}  # by their names in the log; the first decides which checkpoint is the best
+        if any(other.tokenizer.spec["model"] != dataset.tokenizer.spec["model"] for other in val_datasets.values()):
+            raise UserError("a validation set has another tokenizer than the training set: prepare both with one")
+        self.val_sets = {name: ValidationSet(other, *sizes) for name, other in val_datasets.items()}
         self.floor = self.val_sets["val"].floor
 
     @functools.cached_property
-    def train_rows(self):
+    def train_rows(self):  # of several datasets: compare their tokenizers; start_model() needs their fingerprints
         path, meta, _ = self.dataset
         if (tokens := meta["train"]["tokens"]) < (block_size := self.data_cfg.block_size):
             raise UserError(f"{path}/train.bin has {tokens} tokens, fewer than block_size={block_size}: lower it")

@@ -11,9 +11,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from support.settings import UserError, user_errors
 
 # names of a record's instruction, input and response
-RECORD_SHAPES = [
-    ("instruction", "input", "output"), ("instruction", "context", "response"), ("prompt", "input", "completion"),
-]  # fmt: skip
+SHAPES = [("instruction", "input", "output"), ("instruction", "context", "response"), ("prompt", "input", "completion")]
 
 
 def read_messages(record):
@@ -30,10 +28,10 @@ def read_messages(record):
             asked.append(text.strip())
     if messages or asked:
         return messages or exchange("\n\n".join(asked), "", "")  # without a response, add an empty one
-    for keys in RECORD_SHAPES:
+    for keys in SHAPES:
         if keys[0] in record and keys[2] in record:
             return exchange(*("" if record.get(key) is None else str(record[key]) for key in keys))
-    known = ", ".join(map("/".join, RECORD_SHAPES))
+    known = ", ".join(map("/".join, SHAPES))
     raise UserError(f"it has {', '.join(record)}; known are {known} and messages")
 
 

@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from model import GEMMA3_CONSTANTS, SLIDING
+from model import FULL, GEMMA3_CONSTANTS, SLIDING
 from support.settings import UserError
 from support.tokenizer import GPT2_PATTERN
 
@@ -23,12 +23,12 @@ def export_gguf(model, tokenizer, path, matrix_type):
     writer.add_name(Path(path).stem)
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if matrix_type == "f32" else f"MOSTLY_{matrix_type.upper()}"])
     settings = {
-        "context_length": c.max_position_embeddings, "embedding_length": c.hidden_size,
-        "head_count": c.num_attention_heads, "head_count_kv": c.num_key_value_heads, "key_length": c.head_dim,
-        "value_length": c.head_dim,
+        "context_length": c.max_position_embeddings, "embedding_length": c.hidden_size, "key_length": c.head_dim,
+        "head_count": c.num_attention_heads, "head_count_kv": c.num_key_value_heads, "value_length": c.head_dim,
         "block_count": c.num_hidden_layers, "feed_forward_length": c.intermediate_size, "rope_freq_base": c.rope_theta,
         "rope_freq_base_swa": c.rope_local_base_freq, "layer_norm_rms_eps": c.rms_norm_eps,
-        "sliding_window": c.sliding_window, "sliding_window_pattern": [kind == SLIDING for kind in c.layer_types],
+        "sliding_window": c.sliding_window,
+        "sliding_window_pattern": [{SLIDING: True, FULL: False}[kind] for kind in c.layer_types],
     }  # fmt: skip
     for key, value in settings.items():
         getattr(writer, f"add_{key}")(value)

@@ -43,8 +43,7 @@ class RunLog:
         self.folder, self.model, self.state, self.device = folder, model, state, device
         self.max_iters, self.floor, self.wandb, self.wandb_run = max_iters, floor, wandb, None
         self.peak_flops = peak_flops(device, dtype) * get_world_size()
-        self.skipped = 0  # steps in a row
-        self.is_torn = False  # whether writing the last line of log.jsonl failed
+        self.skipped, self.is_torn = 0, False  # skipped steps in a row; whether the last line of log.jsonl is torn
 
     def __enter__(self):
         self.started = time.perf_counter() - self.state.seconds
@@ -72,9 +71,9 @@ class RunLog:
         """Measure tokens per second from here on."""
         self.clock_start, self.step_then, self.tokens_then = time.perf_counter(), self.state.step, self.state.tokens
 
-    def step(self, batch, train_loss, lr, grad_norm, **more):
+    def step(self, batch, metrics):
         """Report a step: a line, and an entry in log.jsonl. batch: a micro-batch like the step's, to count its FLOPs.
-        more: further values for the entry, numbers or dicts of numbers."""
+        metrics: "train_loss", "lr", "grad_norm", and any others, numbers or dicts of numbers."""
         state, now = self.state, time.perf_counter()
         per_second = (state.tokens - self.tokens_then) / (now - self.clock_start)
         _, labels, *doc_ids = batch
@@ -82,15 +81,15 @@ class RunLog:
         mfu = per_second * self.model.flops_per_token(labels.shape[1], head_share) / self.peak_flops
         left = (self.max_iters - state.step) * (now - self.clock_start) / (state.step - self.step_then)
         entry = {"event": "step", "step": state.step, "tokens": state.tokens, "seconds": self.elapsed(),
-                 "train_loss": train_loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_sec": per_second, "mfu": mfu,
-                 **more}  # fmt: skip
+                 **metrics, "tokens_per_sec": per_second, "mfu": mfu}  # fmt: skip
         memory = ""
         if self.device.type == "cuda":
             entry["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
             memory = f" peak memory {entry['peak_memory_gb']:.1f} GB,"
         self.write(entry)
-        line = (f"step {state.step:5}/{self.max_iters}: loss {train_loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, "
-                f"{per_second:,.0f} tokens/s, {mfu:.0%} MFU,{memory} {timedelta(seconds=int(left))} left")  # fmt: skip
+        line = (f"step {state.step:5}/{self.max_iters}: loss {metrics['train_loss']:.4f}, lr {metrics['lr']:.2e}, "
+                f"grad norm {metrics['grad_norm']:.2f}, {per_second:,.0f} tokens/s, {mfu:.0%} MFU,{memory} "
+                f"{timedelta(seconds=int(left))} left")  # fmt: skip
         in_place = sys.stdout.isatty()  # the next line then overwrites this one
         say(CLEAR_LINE + line[: shutil.get_terminal_size().columns - 1] if in_place else line,
             end="\r" if in_place else "\n")  # fmt: skip
@@ -116,9 +115,8 @@ class RunLog:
         say(f"step {step}: skipped, its loss is {train_loss} and its gradient norm {grad_norm}")
         self.write({"event": "skipped", "step": step, "train_loss": train_loss, "grad_norm": grad_norm})
         if self.skipped == MAX_SKIPPED:
-            saved = f"the checkpoint of step {self.state.evaluated} is in {self.folder.path}/last"
-            raise Failure(f"{self.skipped} steps in a row without a finite loss and gradient; {saved}; lower "
-                          "learning_rate, or look for odd rows in the data")  # fmt: skip
+            raise Failure(f"{self.skipped} steps in a row without a finite loss and gradient; the last checkpoint is "
+                          f"{self.folder.path}/last; lower learning_rate, or look for odd rows of data")  # fmt: skip
 
     def write(self, entry):
         """Append an entry to log.jsonl, and send its numbers to Weights & Biases."""

@@ -116,7 +116,8 @@ def all_reduce_sum(tensor, device):
 
 
 def local_micro_batches(micro_batches):
-    """Return this process's share of a step: whole micro-batches if they divide evenly, otherwise some rows of each."""
+    """Return this process's share of a step: whole micro-batches if they divide evenly, otherwise some rows of each. A
+    share can have no label, so a mean over it is undefined: sum, and divide by the number of all labels."""
     if len(micro_batches) % get_world_size() == 0:
         return micro_batches[get_rank() :: get_world_size()]
     shares = [[t[get_rank() :: get_world_size()] for t in batch] for batch in micro_batches]

@@ -24,15 +24,15 @@ from support.settings import Failure, UserError, first_line, user_errors
 NEW_STATE = {"step": 0, "tokens": 0, "seconds": 0.0, "best_val_loss": math.inf, "evaluated": -1}
 
 
-def new_state(dataset, settings):
-    """Return the state of a new run, which train_state.pt saves whole. dataset: fingerprint of all its data."""
-    return SimpleNamespace(**NEW_STATE, dataset=dataset, settings=settings)
+def new_state(fingerprint, settings):
+    """Return the state of a new run, which train_state.pt saves whole. fingerprint: of all its data."""
+    return SimpleNamespace(**NEW_STATE, dataset=fingerprint, settings=settings)
 
 
 class RunFolder:
     """The folder of one run. A run that lies there already is moved aside, unless it is resumed.
 
-    Rank 0 writes. A write that fails, as on a full disk, is reported and kept in `errors`, and training goes on."""
+    Rank 0 writes. A write that fails, such as on a full disk, is reported and kept in `errors`; training goes on."""
 
     def __init__(self, out_dir, init_from):
         self.path, self.errors = Path(out_dir), []
@@ -134,10 +134,10 @@ def check_architecture(arch, config, path):
             raise UserError(f"{f.name}={setting}: the model in {path} has {trained}, which settings can't change")
 
 
-def read_state(path, dataset, settings, fixed, fsdp=False):
+def read_state(path, fingerprint, settings, fixed, fsdp=False):
     """Return the state of the run that left the checkpoint `path`, to resume from.
 
-    dataset, settings: of this run. The dataset must be the same, and so must the settings named in `fixed`; other
+    fingerprint, settings: of this run. The data must be the same, and so must the settings named in `fixed`; other
     changes are printed. fsdp: ranks other than 0 get the optimizer's tensors without their content."""
     kinds = {key: type(value) for key, value in NEW_STATE.items()} | {"optimizer": dict, "settings": dict}
     unreadable = f"{path / 'train_state.pt'} cannot be read by this version; start a new run with --init_from={path}"
@@ -147,7 +147,7 @@ def read_state(path, dataset, settings, fixed, fsdp=False):
         for key, kind in kinds.items():
             if not isinstance(getattr(state, key), kind):
                 raise ValueError(f"{key} is {type(getattr(state, key)).__name__}")
-    if None not in (saved := getattr(state, "dataset", None), dataset) and saved != dataset:
+    if None not in (saved := getattr(state, "dataset", None), fingerprint) and saved != fingerprint:
         raise UserError(f"the run in {path} was trained on another dataset than is there now: name that one, or start "
                         "a new run")  # fmt: skip
     settings = {key: value for key, value in settings.items() if value is not None and key != "init_from"}

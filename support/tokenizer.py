@@ -54,8 +54,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path):
         """Read a tokenizer.json, or the one in a directory, and the two files that may lie beside it."""
-        path = Path(path)
-        path = path / "tokenizer.json" if path.is_dir() else path
+        path = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
         beside, chat = path.with_name("tokenizer_config.json"), path.with_name("chat_template.jinja")
         with user_errors(f"{path}: not a tokenizer.json that can be used"):
             spec = json.loads(path.read_text(encoding="utf-8"))
@@ -73,9 +72,8 @@ class Tokenizer:
             self.spec["post_processor"] = json.loads(hf.to_str())["post_processor"]
         (path / "tokenizer.json").write_text(json.dumps(self.spec, ensure_ascii=False), encoding="utf-8")
         names = {"bos_token": self.bos_token, "eos_token": self.eot_token, "pad_token": self.pad_token}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
-        config |= self.config  # a published tokenizer keeps its own
-        (path / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        names |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        (path / "tokenizer_config.json").write_text(json.dumps(names | self.config, indent=2) + "\n")
 
     def encode(self, text, markers=False):
         """Return the token ids of a str as a uint32 array. markers: turn the names of special tokens into those tokens,
