@@ -1,13 +1,13 @@
 """
-What each choice of a recipe is worth: the same short training with one thing changed, over several seeds.
+The worth of each choice in a recipe: the same short training with one thing changed, over several seeds.
 
-    python tests/ablation.py                                   # every variant on the fables, 600 updates, three seeds
+    python tests/ablation.py                                   # every variant on the fables, 600 steps, three seeds
     python tests/ablation.py --only="recipe,AdamW 2e-3" --seeds=5 --max_iters=1200
     python tests/ablation.py --recipe=config/train_tinystories_cpu.py --max_iters=200
 
-A result is the mean over seeds of the last validation bits per byte, with their standard deviation; results.jsonl has
-them all, and ablation.png shows them. All of them take hours: two processes with OMP_NUM_THREADS=1 and different --only
-take half as long on two cores.
+A result is the mean over seeds of the last validation bits per byte, with their standard deviation. results.jsonl has
+all results, and ablation.png shows them. All variants take hours. On two cores, two processes with OMP_NUM_THREADS=1
+and different --only take half as long.
 """
 
 import json
@@ -23,17 +23,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 
-import config
 import train
 from lora import pack
+from support.datasets import document_ends
+from support.settings import UserError, run
 
 
 def random_starts():
-    """Rows from anywhere in the corpus, as nanoGPT takes them, in place of rows that begin where a document does."""
+    """Rows begin anywhere in the corpus, as in nanoGPT, and not where a document begins."""
 
     class AnywhereRows(train.PackedDataset):
-        def __init__(self, path, meta, split, block_size, tokenizer):
-            super().__init__(path, meta, split, block_size, tokenizer)
+        def __init__(self, dataset, split, block_size):
+            super().__init__(dataset, split, block_size)
             if split == "train":
                 size = len(self.tokens) - block_size - 1
                 self.starts = np.random.default_rng(0).integers(0, size, len(self.starts))
@@ -42,42 +43,42 @@ def random_starts():
 
 
 def whole_documents():
-    """Rows of whole documents, each of which sees itself alone, packed with little room left; for evaluation too."""
+    """Rows are packed with whole documents, and each document attends to itself alone. Evaluation has such rows too."""
 
     class WholeDocuments(train.PackedDataset):
-        def __init__(self, path, meta, split, block_size, tokenizer):
-            super().__init__(path, meta, split, block_size, tokenizer)
-            ends = train.document_ends(self.tokens, path / f"{split}.bin", tokenizer)
+        def __init__(self, dataset, split, block_size):
+            super().__init__(dataset, split, block_size)
+            ends = document_ends(self.tokens, dataset.path / f"{split}.bin", dataset.tokenizer)
             self.first_tokens = np.concatenate([[0], ends[:-1] + 1])
             self.lengths = np.minimum(ends + 1 - self.first_tokens, block_size)
             self.rows = pack(self.lengths.tolist(), block_size)
-            self.num_new_targets = np.array([self.lengths[row].sum() for row in self.rows])
+            self.num_new_labels = np.array([self.lengths[row].sum() for row in self.rows])
 
         def __len__(self):
             return len(self.rows)
 
         def batch(self, rows, new_only=False):
             x = np.full((len(rows), self.block_size), self.eot, dtype=np.int64)
-            y, documents = np.full_like(x, -100), np.zeros_like(x)
+            y, doc_ids = np.full_like(x, -100), np.zeros_like(x)
             for i, row in enumerate(rows):
                 at = 0
                 for number, d in enumerate(self.rows[row], 1):
                     first, n = self.first_tokens[d], self.lengths[d]
                     y[i, at : at + n] = self.tokens[first : first + n]
-                    x[i, at + 1 : at + n], documents[i, at : at + n] = y[i, at : at + n - 1], number
+                    x[i, at + 1 : at + n], doc_ids[i, at : at + n] = y[i, at : at + n - 1], number
                     at += n
-            return tuple(map(torch.from_numpy, (x, y, documents)))
+            return tuple(map(torch.from_numpy, (x, y, doc_ids)))
 
-    def validation_batches(self):
-        size = self.data_cfg.batch_size
-        for i in range(0, self.num_val_rows // size * size, size):
-            yield self.val_rows.batch(range(i, i + size))
+    def batches(self):
+        size = self.batch_size
+        for i in range(0, self.num_rows // size * size, size):
+            yield self.rows.batch(range(i, i + size))
 
-    train.PackedDataset, train.Pretraining.validation_batches = WholeDocuments, validation_batches
+    train.PackedDataset, train.ValidationSet.__iter__ = WholeDocuments, batches
 
 
 def init_changed(change):
-    """change(name, weight, config) is called for every weight after init_weights."""
+    """Call change(name, weight, config) for every weight after init_weights()."""
 
     def patch():
         init_weights = train.Gemma.init_weights
@@ -94,26 +95,26 @@ def init_changed(change):
 
 
 def scaled_outputs(name, weight, config):
-    """Projections back into the residual stream start smaller, as GPT-2's."""
+    """Projections back into the residual stream start smaller, as in GPT-2."""
     if name.endswith(("o_proj.weight", "down_proj.weight")):
         weight *= (2 * config.num_hidden_layers) ** -0.5
 
 
 def identity_norms(name, weight, config):
-    """The norms behind attention and MLP start with a gain of 1, as all others."""
+    """The norms after attention and MLP start with a gain of 1, like all other norms."""
     if "norm" in name:
         weight.zero_()
 
 
 def large_embedding(name, weight, config):
-    """The same balance of tokens and blocks, from the other side: embedded tokens start with an rms of 1."""
+    """Embedded tokens start with an rms of 1, which is another way to the same balance of tokens and blocks."""
     identity_norms(name, weight, config)
     if "embed" in name:
         weight *= config.hidden_size**-0.5 / 0.02
 
 
 def growing_batch():
-    """Half the rows in the first half of the updates, one and a half times as many in the second."""
+    """The first half of the steps has half as many rows, the second half one and a half times as many."""
 
     def micro_batches(self, step):
         size, half = self.data_cfg.batch_size, self.cfg.max_iters // 2
@@ -128,28 +129,28 @@ def growing_batch():
 
 
 def momentum_schedule():
-    """Muon's momentum rises from 0.85 in the first tenth of the updates, and comes down to it in the last."""
-    set_learning_rate = train.Trainer.set_learning_rate
+    """Muon's momentum rises from 0.85 in the first tenth of the steps, and falls back to it in the last tenth."""
+    set_learning_rate = train.set_learning_rate
 
-    def scheduled(self):
-        done = self.state.step / self.cfg.max_iters
-        for group in self.optimizers[0].param_groups:
-            group["momentum"] = 0.85 + (self.cfg.momentum - 0.85) * min(1, 10 * done, 10 * (1 - done))
-        return set_learning_rate(self)
+    def scheduled(optimizers, step, cfg):
+        done = step / cfg.max_iters
+        for group in optimizers[0].param_groups:
+            group["momentum"] = 0.85 + (cfg.momentum - 0.85) * min(1, 10 * done, 10 * (1 - done))
+        return set_learning_rate(optimizers, step, cfg)
 
-    train.Trainer.set_learning_rate = scheduled
+    train.set_learning_rate = scheduled
 
 
 def row_normalized():
-    """NorMuon (Li et al. 2025): rows of an orthogonalized move get one size, by the mean of their squares."""
-    orthogonalize, seconds = train.orthogonalize, {}
+    """NorMuon (Li et al. 2025): each row of an orthogonalized update is divided by its running rms."""
+    orthogonalize, mean_squares = train.orthogonalize, {}
 
     def normalized(stack):
-        moves = orthogonalize(stack).float()
-        mean = seconds.setdefault(stack.shape, torch.zeros(*stack.shape[:2], 1))
-        mean.lerp_(moves.square().mean(2, keepdim=True), 0.05)
-        rows = moves / mean.sqrt().clamp(min=1e-8)
-        return rows * (moves.norm(dim=(1, 2), keepdim=True) / rows.norm(dim=(1, 2), keepdim=True))
+        updates = orthogonalize(stack).float()
+        mean_square = mean_squares.setdefault(stack.shape, torch.zeros(*stack.shape[:2], 1))
+        mean_square.lerp_(updates.square().mean(2, keepdim=True), 0.05)
+        rows = updates / mean_square.sqrt().clamp(min=1e-8)
+        return rows * (updates.norm(dim=(1, 2), keepdim=True) / rows.norm(dim=(1, 2), keepdim=True))
 
     train.orthogonalize = normalized
 
@@ -165,7 +166,7 @@ POLAR_EXPRESS = [  # Amsel et al. 2025, best for five steps
 
 
 def newton_schulz(coefficients):
-    """One step of orthogonalization for each three coefficients."""
+    """Orthogonalize with these coefficients, three for each step."""
 
     def orthogonalize(stack):
         wide = stack.mT if stack.shape[1] > stack.shape[2] else stack
@@ -183,7 +184,7 @@ def newton_schulz(coefficients):
 
 
 def adamw_with(scale=1.0, **settings):
-    """The AdamW beside Muon, for embedding and norms, with settings of its own."""
+    """The AdamW for embedding and norms gets settings of its own."""
 
     def patch():
         muon = train.muon
@@ -200,15 +201,15 @@ def adamw_with(scale=1.0, **settings):
 
 
 def cautious_decay(strength):
-    """Weights decay where the move makes them smaller anyway (Chen et al. 2025), in parts of the move's size, so that
-    decay ends at zero with the learning rate."""
+    """Weights decay only where the update makes them smaller anyway (Chen et al. 2025). The decay is scaled by the
+    learning rate, so it ends at zero with it."""
 
     def patch():
         shard_like = train.shard_like
 
-        def decayed(move, p):
-            move = shard_like(move, p)
-            return move + strength * p * (move * p > 0)
+        def decayed(update, p):
+            update = shard_like(update, p)
+            return update + strength * p * (update * p > 0)
 
         train.shard_like = decayed
 
@@ -216,16 +217,16 @@ def cautious_decay(strength):
 
 
 def separate_cooldowns():
-    """The rate of embedding and norms comes down over half as many updates as that of the matrices."""
-    set_learning_rate = train.Trainer.set_learning_rate
+    """The rate of embedding and norms decays over half as many steps as the rate of the matrices."""
+    set_learning_rate = train.set_learning_rate
 
-    def separate(self):
-        done, cooldown = self.state.step / self.cfg.max_iters, self.cfg.cooldown_frac
-        for group in self.optimizers[-1].param_groups:
+    def separate(optimizers, step, cfg):
+        done, cooldown = step / cfg.max_iters, cfg.cooldown_frac
+        for group in optimizers[-1].param_groups:
             group["lr_scale"] = min(1, 2 * (1 - done) / cooldown) / min(1, (1 - done) / cooldown)
-        return set_learning_rate(self)
+        return set_learning_rate(optimizers, step, cfg)
 
-    train.Trainer.set_learning_rate = separate
+    train.set_learning_rate = separate
 
 
 def averaged_weights(decay):
@@ -306,8 +307,8 @@ VARIANTS = {  # name: (flags, a patch)
 
 @dataclass
 class AblationConfig:
-    recipe: str = "config/train_fables.py"  # what is varied
-    max_iters: int = 600  # updates of each run
+    recipe: str = "config/train_fables.py"  # the recipe to vary
+    max_iters: int = 600  # steps of each run
     seeds: int = 3  # runs of each variant
     only: str = ""  # names of variants, with commas between; empty: all
     out: str = "out/ablation"  # the runs, and results.jsonl
@@ -318,7 +319,7 @@ def main(cfg):
     results.parent.mkdir(parents=True, exist_ok=True)
     for name in cfg.only.split(",") if cfg.only else VARIANTS:
         if name not in VARIANTS:
-            raise config.UserError(f"--only={name}: choose from {', '.join(VARIANTS)}")
+            raise UserError(f"--only={name}: choose from {', '.join(VARIANTS)}")
         bits = []
         for seed in range(cfg.seeds):
             out_dir = Path(cfg.out) / f"{name.replace(' ', '-')}-{seed}"
@@ -339,12 +340,12 @@ def main(cfg):
 
 
 def draw(results):
-    """ablation.png beside results.jsonl: a panel for each recipe and length, bars of one standard deviation."""
+    """Draw ablation.png beside results.jsonl: a panel for each recipe and length, bars of one standard deviation."""
     from matplotlib.figure import Figure
 
     panels = {}
     for line in map(json.loads, results.read_text().splitlines()):
-        title = f"{Path(line['recipe']).stem}, {line['max_iters']} updates"
+        title = f"{Path(line['recipe']).stem}, {line['max_iters']} steps"
         panels.setdefault(title, {})[line["variant"]] = line["val_bpb"], line["stdev"] or 0.0
     height = 1 + 0.25 * max(map(len, panels.values()))
     fig = Figure(figsize=(6 * len(panels), height), layout="constrained")
@@ -362,6 +363,6 @@ if __name__ == "__main__":
         if patch := VARIANTS[sys.argv[2]][1]:
             patch()
         sys.argv = ["train.py", *sys.argv[3:]]
-        config.run(train.main, train.PretrainConfig, train.TrainConfig, train.GemmaConfig)
+        run(train.main, train.PretrainConfig, train.TrainConfig, train.GemmaConfig)
     else:
-        config.run(main, AblationConfig)
+        run(main, AblationConfig)

@@ -1,5 +1,6 @@
 """
-Speed and memory of each job, one JSON line a result. Not collected by pytest: timings are measured, not asserted.
+Speed and memory of each job, one JSON line for each result. pytest does not collect this file, because it asserts
+nothing.
 
     python tests/benchmark.py --job=train --shape=270m --batch_size=4 --block_size=512
     python tests/benchmark.py --job=lora --shape=270m --batch_size=4 --block_size=256 --rank=4
@@ -7,8 +8,8 @@ Speed and memory of each job, one JSON line a result. Not collected by pytest: t
     python tests/benchmark.py --job=prepare                                   # GPT-2's vocabulary on 50 MB of fables
     python tests/benchmark.py --job=train --shape=small --batch_size=32 --block_size=256 --peer=hf_peer.py --rounds=3
 
-With --peer, a script that takes the same job and settings and prints such a line too, the two run in turn, each in a
-process of its own, and a last line gives the medians and their ratio. --profile=True prints where the time goes.
+--peer names a script that takes the same job and settings and prints such a line too. The two then run in turn, each in
+its own process, and a last line has the medians and their ratio. --profile=True prints the slowest operations.
 """
 
 import json
@@ -25,9 +26,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 import train
-from config import UserError, run
 from lora import add_lora, cast_base_weights
 from model import Gemma, GemmaConfig, blocked_attention
+from support.devices import compile_for_training, peak_flops, pick_device, pick_dtype
+from support.settings import UserError, run
 
 SHAPES = {  # vocab_size, hidden_size, layers, heads, key/value heads, head_dim, intermediate_size
     "270m": (50304, 640, 18, 4, 1, 256, 2048),
@@ -40,15 +42,15 @@ SHAPES = {  # vocab_size, hidden_size, layers, heads, key/value heads, head_dim,
 class BenchmarkConfig:
     job: str = "train"  # train, lora, generate, prepare, attention
     shape: str = "small"  # 270m, small, fables
-    batch_size: int = 4  # rows in an update, or sequences generated at once
+    batch_size: int = 4  # rows in a step, or sequences generated at once
     block_size: int = 512  # tokens in a row
-    gradient_accumulation_steps: int = 1  # micro-batches that the rows are divided into
+    gradient_accumulation_steps: int = 1  # micro-batches in a step
     optimizer: str = "adamw"  # adamw or muon
     rank: int = 4  # of LoRA
     new_tokens: int = 64  # generated
     steps: int = 6  # timed repetitions
     compile: bool = True  # torch.compile the model
-    activation_memory: float = 1.0  # of training, as in train.py
+    activation_memory: float = 1.0  # of training, see train.py
     dtype: str = "bfloat16"  # bfloat16, float32
     device: str = "auto"  # auto, cpu, cuda
     profile: bool = False  # print the ten operations that take longest
@@ -79,7 +81,7 @@ def peak_memory_mb(device):
 
 
 def timed(device, step, count):
-    """Seconds of each of count calls."""
+    """Return the seconds of each of `count` calls."""
     times = []
     for _ in range(count):
         started = time.perf_counter()
@@ -90,22 +92,21 @@ def timed(device, step, count):
 
 
 def training(cfg, device, dtype):
-    """Updates as train.py makes them, on random tokens -> (a function that makes one, tokens in it, the model)."""
+    """Return a function that takes one step as train.py does, on random tokens; the tokens in a step; and the model."""
     model = build(cfg, device)
     if cfg.job == "lora":
         cast_base_weights(add_lora(model, cfg.rank, 2.0 * cfg.rank), dtype)
-    loop = train.TrainConfig(
-        optimizer=cfg.optimizer, learning_rate=1e-4, compile=cfg.compile, activation_memory=cfg.activation_memory
-    )  # fmt: skip
-    optimizers = train.make_optimizers(model, loop)
-    train.compile_and_wrap_ddp(model, loop)
+    train_cfg = train.TrainConfig(optimizer=cfg.optimizer, learning_rate=1e-4)
+    optimizers = train.make_optimizers(model, train_cfg)
+    if cfg.compile:
+        compile_for_training(model, cfg.activation_memory)
     rows = torch.randint(1, model.config.vocab_size, (cfg.batch_size, cfg.block_size + 1))
     micro_batches = [(part[:, :-1], part[:, 1:]) for part in rows.chunk(cfg.gradient_accumulation_steps)]
     model.train()
 
     def step():
         loss = train.accumulate_gradients(model, micro_batches, device, dtype)
-        train.optimizer_step(optimizers, loss, loop.grad_clip)
+        train.optimizer_step(optimizers, loss, train_cfg.grad_clip)
 
     return step, cfg.batch_size * cfg.block_size, model
 
@@ -124,7 +125,7 @@ def generation(cfg, device, dtype):
 
 
 def bandwidth(device, dtype):
-    """Bytes per second at which matrix-vector products read a matrix too large for any cache."""
+    """Return the bytes per second at which matrix-vector products read a matrix too large for any cache."""
     matrix = torch.randn(2**14, 2**13, device=device).to(dtype)
     vector = torch.randn(1, 2**13, device=device).to(dtype)
     times = timed(device, lambda: torch.nn.functional.linear(vector, matrix), 40)
@@ -132,8 +133,8 @@ def bandwidth(device, dtype):
 
 
 def measure(cfg):
-    device = train.pick_device(cfg.device)
-    dtype = train.pick_dtype(cfg.dtype, device)
+    device = pick_device(cfg.device)
+    dtype = pick_dtype(cfg.dtype, device)
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     step, tokens, model = (generation if cfg.job == "generate" else training)(cfg, device, dtype)
@@ -146,14 +147,14 @@ def measure(cfg):
         "first_step_sec": round(times[0], 1), "peak_memory_mb": round(peak_memory_mb(device)),
     }  # fmt: skip
     if cfg.job == "generate":
-        # a step reads every matrix once, whatever the batch
+        # a step reads every matrix once, for any batch size
         result["share_of_bandwidth"] = round(
             rate / cfg.batch_size * model.num_params() * dtype.itemsize / bandwidth(device, dtype), 2
         )
     else:
         result["optimizer"] = cfg.optimizer
     if cfg.job == "train":
-        result["mfu"] = round(rate * model.flops_per_token(cfg.block_size) / train.peak_flops(device, dtype), 3)
+        result["mfu"] = round(rate * model.flops_per_token(cfg.block_size) / peak_flops(device, dtype), 3)
     print(json.dumps(result), flush=True)
     if cfg.profile:
         with torch.profiler.profile(profile_memory=False) as profile:
@@ -163,11 +164,11 @@ def measure(cfg):
 
 
 def measure_attention(cfg):
-    """Forward and backward of one layer's attention on the CPU: our blocks, and PyTorch's kernel, both compiled."""
+    """Time forward and backward of one layer's attention on the CPU: our blocks and PyTorch's kernel, both compiled."""
     _, _, _, heads, kv_heads, head_dim, _ = SHAPES[cfg.shape]
-    dtype = train.pick_dtype(cfg.dtype, torch.device("cpu"))
+    dtype = pick_dtype(cfg.dtype, torch.device("cpu"))
 
-    def random(h):  # laid out as the projections leave it
+    def random(h):  # in the memory layout of the projections' outputs
         return torch.randn(cfg.batch_size, cfg.block_size, h, head_dim, dtype=dtype).transpose(1, 2).requires_grad_()
 
     q, k, v = random(heads), random(kv_heads), random(kv_heads)
@@ -188,14 +189,14 @@ def measure_attention(cfg):
 
 
 def measure_prepare():
-    """A text file to bins with GPT-2's vocabulary, in a process of its own."""
+    """Time prepare.py on a text file with GPT-2's vocabulary, in its own process."""
     import tempfile
 
     home = Path(__file__).parent.parent
     sys.path.insert(0, str(home))
     from data import fable_grammar
 
-    with tempfile.TemporaryDirectory(dir=home / "data") as folder:  # the set is named after it, and replaces it
+    with tempfile.TemporaryDirectory(dir=home / "data") as folder:  # the dataset gets its name and replaces it
         file = Path(folder).parent / f"{Path(folder).name}.txt"
         fables = [fable_grammar.tell(f"benchmark/{i}")[0] for i in range(2000)]
         with open(file, "w") as f:
@@ -215,7 +216,7 @@ def measure_prepare():
 
 
 def compare(cfg, args):
-    """This script and the peer in turn; the medians and the ratio."""
+    """Run this script and the peer in turn. Print the medians and their ratio."""
     shared = ["job", "shape", "batch_size", "block_size", "new_tokens", "rank", "steps"]
     theirs = [sys.executable, cfg.peer, cfg.job] + [f"--{k}={getattr(cfg, k)}" for k in shared[1:]]
     ours = [sys.executable, __file__, *(a for a in args if not a.startswith(("--peer", "--rounds")))]

@@ -1,4 +1,4 @@
-"""Random command lines and damaged files: a script ends well, or with one line and exit code 1 or 2. Never a traceback.
+"""Random command lines and damaged files: a script succeeds, or ends with one line and exit code 1 or 2.
 
 python -m pytest -n 0 -m slow tests/test_fuzz.py        # ten minutes of it
 """
@@ -14,7 +14,7 @@ from conftest import SETTINGS, TINY, copy_project, run_inside, run_script, setti
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import config
+from support.settings import UserError, configure
 
 TRAIN = ["--dataset=fables", *TINY, "--max_iters=2", "--eval_interval=2", "--sample_tokens=2", "--eval_tokens=100"]
 SAMPLE = ["--device=cpu", "--max_new_tokens=3"]
@@ -25,8 +25,9 @@ LORA = ["--init_from=out/base/best", "--data=records.json", "--device=cpu", "--c
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A project with a dataset, a run, an adapter and records, in which these tests run the scripts in-process."""
-    (path := tmp_path_factory.mktemp("fuzz") / "project").mkdir()  # alone in a folder, which --out_dir=.. may name
+    """A project with a dataset, a run, an adapter and records. These tests run the scripts in this process."""
+    path = tmp_path_factory.mktemp("fuzz") / "project"  # alone in a folder, to which --out_dir=.. may point
+    path.mkdir()
     copy_project(path)
     run_script(
         path, "prepare.py", "--dataset=fables", "--max_documents=60", "--val_fraction=0.1", "--tokenizer=bpe:280"
@@ -48,8 +49,7 @@ def ends_well(project, script, args):
     assert bool(result.returncode) == (len(lines) == 1), (script, args, result.returncode, lines)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# command lines
+# ---- command lines ---------------------------------------------------------------------------------------------------
 
 KEYS = {  # of each script: {setting: its type}
     script: {f.name: f.type for cls in settings_of(script) for f in fields(cls)} for script in SETTINGS
@@ -61,12 +61,12 @@ TEXTS = ["", "fables", "auto", "gpt2", "bpe:300", "short", "alpaca", "all-linear
 
 
 def odd_value(kind, rng):
-    """A value for a setting of this type; one in five fits none."""
+    """Return a value for a setting of this type. One in five has another type."""
     fitting = TEXTS if kind is str else NUMBERS
     return rng.choice(fitting if rng.random() < 0.8 else TEXTS + NUMBERS)
 
 
-# these reach outside, take long by their nature, or ask for another machine
+# these reach outside, take long, or need another machine
 LEFT_ALONE = {"interactive", "compile", "wandb", "max_iters", "epochs", "num_checked",
               "max_records", "max_documents", "num_samples", "max_new_tokens", "sample_tokens", "device",
               "export_gguf", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
@@ -83,7 +83,7 @@ BASE = {
 
 
 def random_command(seed):
-    """A script and its arguments: a command that works, and one to three settings that may spoil it."""
+    """Return a script and its arguments: a command that works, and one to three settings that may break it."""
     rng = random.Random(seed)
     script = rng.choice(sorted(SETTINGS))
     keys = rng.sample([key for key in KEYS[script] if key not in LEFT_ALONE], rng.randint(1, 3))
@@ -92,8 +92,8 @@ def random_command(seed):
 
 @contextlib.contextmanager
 def nothing_lost(project):
-    """What a command leaves is removed afterwards; what was there before must be there still, unchanged, wherever
-    --name, --out_dir and --dataset pointed. Only runs may have been moved aside."""
+    """Check that all files of before are unchanged, wherever --name, --out_dir and --dataset pointed. Only runs may be
+    moved aside. New files are removed."""
 
     def files():
         return {p: p.read_bytes() for p in project.parent.rglob("*") if p.is_file() and p.parent != project / "data"}
@@ -116,22 +116,21 @@ def nothing_lost(project):
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_any_command_line_is_read_or_refused(data):
-    """Reading alone: every key, every value."""
+    """The settings are only read here. Every key meets every kind of value."""
     script = data.draw(st.sampled_from(sorted(SETTINGS)))
     value = st.one_of(st.integers(), st.floats(), st.text(max_size=8), st.sampled_from(TEXTS + NUMBERS))
     args = [f"--{data.draw(st.sampled_from(sorted(KEYS[script])))}={data.draw(value)}" for _ in range(2)]
-    with contextlib.suppress(config.UserError):
-        config.configure(settings_of(script), args + data.draw(st.lists(st.text(max_size=10), max_size=1)))
+    with contextlib.suppress(UserError):
+        configure(settings_of(script), args + data.draw(st.lists(st.text(max_size=10), max_size=1)))
 
 
-def test_random_command_lines(project):
+def test_random_command_lines_succeed_or_end_in_one_line(project):
     for seed in range(60):
         with nothing_lost(project):
             ends_well(project, *random_command(seed))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# files
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 RESUME = ("train.py", [*TRAIN, "--init_from=resume", "--out_dir=out/base", "--max_iters=3"])
 READ_BY = {  # a file: the commands that read it
@@ -170,7 +169,7 @@ def damage(path, rng):
     elif how == "noise":
         at = rng.randrange(len(content))
         content[at : at + 16] = rng.randbytes(16)
-    else:  # a number or word of JSON becomes another
+    else:  # a number or word of JSON is replaced
         text = content.decode("utf-8", "replace")
         words = [w for w in text.replace(",", " ").replace(":", " ").split()[:2000] if w.strip("{}[]")]
         if words:
@@ -180,7 +179,7 @@ def damage(path, rng):
 
 
 def retyped(value, rng):
-    """The JSON value with one in it, or all of it, of another type."""
+    """Return the JSON value with one value in it, or all of it, replaced by another type."""
     if isinstance(value, dict | list) and value and rng.random() < 0.9:
         at = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
         value[at] = retyped(value[at], rng)
@@ -203,13 +202,13 @@ def damage_one_file(project, file, seed):
 
 
 @pytest.mark.parametrize("file", READ_BY)
-def test_damaged_files(project, file):
+def test_damaged_files_are_read_or_refused_in_one_line(project, file):
     for seed in range(6):
         damage_one_file(project, file, seed)
 
 
 @pytest.mark.slow
-def test_ten_minutes_of_damage(project):
+def test_ten_minutes_of_damaged_files_and_random_command_lines(project):
     end, seed, runs = time.monotonic() + 600, 1000, 0
     while time.monotonic() < end:
         for file in READ_BY:

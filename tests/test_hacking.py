@@ -104,7 +104,7 @@ CHECKS = {  # that the change did something
     "Another bundled corpus": lambda project: (project / "data/sums/meta.json").exists(),
     "Numbered checkpoints that stay": lambda project: (project / "out/hacked/step-3/model.safetensors").exists(),
     "An untied head": lambda project: settings_of_model(project)["tie_word_embeddings"] is False,
-    "A soft cap on the logits": lambda project: settings_of_model(project)["final_logit_softcapping"] == 3,
+    "A soft cap on the logits": lambda project: settings_of_model(project)["final_logit_softcapping"] == 30,
     "A second validation set": lambda project: all(
         e["other_loss"] == e["val_loss"] and e["other_bpb"] == e["val_bpb"] for e in log(project, "eval")
     ),
@@ -134,17 +134,17 @@ import torch, transformers
 from model import Gemma
 model = Gemma.from_pretrained("out/hacked/last")
 x = torch.arange(2, 42).view(2, 20)
-model.lm_head.weight.data *= 20  # logits that the cap changes
+model.lm_head.weight.data *= 100  # logits that the cap changes
 model(x, x).backward()
 ours = [p.grad.clone() for p in model.parameters()]
 model.zero_grad()
 torch.nn.functional.cross_entropy(model(x).flatten(0, 1), x.flatten()).backward()
 for a, p in zip(ours, model.parameters()):
-    torch.testing.assert_close(a, p.grad, rtol=1e-3, atol=1e-5)
+    assert (a - p.grad).norm() <= 1e-3 * p.grad.norm()
 model.save_pretrained("out/changed")
 peer = transformers.AutoModelForCausalLM.from_pretrained("out/changed", attn_implementation="eager")
-assert model(x).abs().max() > 1.5, "the cap has nothing to do"
-torch.testing.assert_close(model(x), peer(x).logits, rtol=1e-4, atol=1e-4)
+assert model(x).abs().max() > 10, "the cap has nothing to do"
+torch.testing.assert_close(model(x), peer(x).logits, rtol=1e-4, atol=1e-3)
 """
 
     def check(project):

@@ -1,14 +1,15 @@
-"""model.py against transformers' Gemma3ForCausalLM, on the same weights."""
+"""model.py against transformers' Gemma3ForCausalLM with the same weights."""
 
 import contextlib
 import functools
+import inspect
 import itertools
 import json
 import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,10 +44,12 @@ from model import (
     sample_token,
     weights_fingerprint,
 )
+from sample import SampleConfig
 
 
 def small(**changes):
-    """Both layer types, a window that sequences exceed, a scale that is not head_dim's."""
+    """Return a config with both kinds of layers, a window shorter than the sequences, and a scale other than
+    head_dim's."""
     shape = dict(
         vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=23, sliding_window=7, sliding_window_pattern=3,
@@ -55,12 +58,13 @@ def small(**changes):
     return GemmaConfig(**shape | changes)
 
 
-TWO_LAYERS = {"num_hidden_layers": 2, "sliding_window_pattern": 2}  # one of each kind, for what is to be compiled
+TWO_LAYERS = {"num_hidden_layers": 2, "sliding_window_pattern": 2}  # one of each kind, for tests that compile
 
 
 def random_model(config, seed=0):
-    """Weights large enough that every part matters, norms included. The last norm's gains lie around 0: around 1 the
-    likeliest token would always be the one before it, as the head is the embedding, and generation test nothing."""
+    """Return a model whose weights are so large that every part matters, norms included. The last norm's gains lie
+    around 0. With gains around 1 the likeliest token would always be the one before it, because the head is the
+    embedding, and generation would test nothing."""
     model = Gemma(config).init_weights(seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -99,7 +103,7 @@ def test_logits_and_gradients_equal_transformers(tmp_path, kv_heads, factor, pat
 
 
 def reference_flash_forward(q, k, v, bounds_q, bounds_k, max_q, max_k, dropout, causal, debug, scale, **window):
-    """What aten's _flash_attention_forward, which has no kernel for CPUs, computes from q, k, v (B, T, H, D)."""
+    """Compute what aten's _flash_attention_forward computes on GPUs from q, k, v (B, T, H, D)."""
     T = q.shape[1]
     assert bounds_q is bounds_k is None and max_q == max_k == T and not dropout and window["window_size_right"] == 0
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
@@ -109,8 +113,8 @@ def reference_flash_forward(q, k, v, bounds_q, bounds_k, max_q, max_k, dropout, 
     return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v), None, None
 
 
-def test_what_gpus_compute_by_flash_attention(monkeypatch):
-    """What the kernel is asked for, against blocks; the kernel itself is tests/gpu.py's."""
+def test_flash_attention_is_asked_for_what_blocks_compute(monkeypatch):
+    """The kernel's arguments are tested here. tests/gpu.py tests the kernel itself."""
     model, x = random_model(small(**TWO_LAYERS)), random_tokens(small(), 2, 141)
     model(x, x).backward()
     logits, gradients = model(x), [p.grad.clone() for p in model.parameters()]
@@ -118,7 +122,7 @@ def test_what_gpus_compute_by_flash_attention(monkeypatch):
     model.zero_grad()
     known = {argument.name for argument in torch.ops.aten._flash_attention_forward.default._schema.arguments}
     assert {"scale", "window_size_left", "window_size_right"} <= known
-    monkeypatch.setattr(Gemma, "takes_flash_attention", lambda self: True)
+    monkeypatch.setattr(Gemma, "can_use_flash", lambda self: True)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", reference_flash_forward)
     monkeypatch.setattr("model.blocked_attention", None)  # not to be called
     model(x, x).backward()
@@ -131,18 +135,18 @@ def test_what_gpus_compute_by_flash_attention(monkeypatch):
 
 @pytest.mark.parametrize("change", [{}, {"major": 7}, {"hip": "6"}, {"dtype": torch.float32}, {"dtype": torch.float64},
                                     {"dropout": 0.1}])  # fmt: skip
-def test_cards_and_dtypes_that_have_a_flash_kernel(monkeypatch, change):
+def test_flash_attention_is_used_where_it_has_a_kernel(monkeypatch, change):
     model = Gemma(small(), change.get("dropout", 0.0)).to(change.get("dtype", torch.bfloat16))
     monkeypatch.setattr("model.Gemma.device", torch.device("cuda"))
     monkeypatch.setattr("torch.version.hip", change.get("hip"))
     monkeypatch.setattr("torch.backends.cuda.is_flash_attention_available", lambda: True)
     card = SimpleNamespace(major=change.get("major", 8))
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: card)
-    assert model.takes_flash_attention() == (change == {})
+    assert model.can_use_flash() == (change == {})
 
 
-def test_full_270m_shape_equals_transformers(tmp_path):
-    config = GemmaConfig(vocab_size=2048)  # all of 270M but the width of its vocabulary
+def test_the_270m_shape_equals_transformers(tmp_path):
+    config = GemmaConfig(vocab_size=2048)  # all of 270M except its vocabulary
     model = random_model(config)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -154,8 +158,8 @@ def test_full_270m_shape_equals_transformers(tmp_path):
         assert (model(x) - peer(x).logits).abs().max() < 1e-4
 
 
-def test_window_edge():
-    """A key 'window' tokens back is out of sight of a sliding layer, the one before it is seen."""
+def test_the_window_ends_where_it_should():
+    """A sliding layer does not see the key `window` tokens back, and sees the one after it."""
     config = small(num_hidden_layers=1, layer_types=[SLIDING])
     model = random_model(config)
     x = random_tokens(config, 1, 20)
@@ -165,7 +169,7 @@ def test_window_edge():
     assert (moved[:5] == 0).all() and (moved[5:12] > 0).all() and (moved[12:] == 0).all()
 
 
-def test_published_parameter_count():
+def test_parameters_are_as_many_as_published():
     with torch.device("meta"):
         published, gpt2 = (Gemma(GemmaConfig(vocab_size=size)).num_params() for size in (262_144, 50_304))
     assert published == 268_098_176
@@ -179,13 +183,37 @@ def test_flops_per_token_equals_counted_flops():
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(x, x).backward()
     assert counter.get_total_flops() == pytest.approx(model.flops_per_token(64) * x.numel(), rel=1e-6)
-    records = torch.where(torch.arange(64) < 32, x, -100)  # a half of each row is a prompt
+    records = torch.where(torch.arange(64) < 32, x, -100)  # half of each row is a prompt
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        model(x, records, documents=torch.zeros_like(x)).backward()
+        model(x, records, doc_ids=torch.zeros_like(x)).backward()
     assert counter.get_total_flops() == pytest.approx(model.flops_per_token(64, 0.5) * x.numel(), rel=1e-6)
 
 
-def test_loss_reductions():
+class UntiedGemma(Gemma):
+    """A Gemma with a head of its own."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self):
+        return self.head.weight
+
+
+def test_an_untied_head_counts_once_and_the_embedding_lookup_counts_nothing():
+    config = small(hidden_size=64, intermediate_size=256, sliding_window=64, layer_types=[FULL] * 4)
+    model, x = UntiedGemma(config).init_weights(0), random_tokens(config, 2, 64)
+    half = torch.where(torch.arange(64) < 32, x, -100)
+    for labels, doc_ids, head_share in ((x, None, 1.0), (half, torch.zeros_like(x), 0.5)):
+        with FlopCounterMode(display=False) as counter:
+            model(x, labels, doc_ids).backward()
+        expected = model.flops_per_token(64, head_share) * x.numel()
+        assert counter.get_total_flops() == pytest.approx(expected, rel=1e-6)
+    assert model.num_params() - Gemma(config).num_params() == model.head.weight.numel()
+
+
+def test_the_loss_is_a_mean_or_a_sum_over_labels():
     config = small()
     model = random_model(config)
     x = random_tokens(config, 2, 12)
@@ -196,9 +224,35 @@ def test_loss_reductions():
     assert model(x, y, reduction="sum").item() == pytest.approx(expected.sum().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["plain rows", "doc_ids"])
+def test_the_gradient_of_the_loss_equals_finite_differences(packed):
+    """The loss has a hand-written gradient (LinearCrossEntropy). Whoever changes the logits must change it too.
+
+    Each parameter tensor moves along its normalized gradient, forth and back, so far that the loss should change by
+    0.01 each time. Float32 arithmetic limits the agreement: the loss is about 22, so its rounding error is about 2e-6
+    times a small factor, or 1e-4 of the difference of 0.02 times that factor. Curvature adds less than 5e-4."""
+    model, (B, T), delta = random_model(small()), (3, 41), 0.01
+    with torch.no_grad():  # logits of 10 and more, so that a soft cap at 30 would show
+        model.model.norm.weight.add_(1).mul_(10).sub_(1)
+    x = random_tokens(model.config, B, T)
+    y = torch.where(random_tokens(model.config, B, T, seed=2) < 30, -100, x.roll(-1, 1))
+    doc_ids = (torch.arange(T) // 15).expand(B, T) if packed else None
+    model(x, y, doc_ids).backward()
+    for name, p in model.named_parameters():
+        norm, start = p.grad.norm().item(), p.detach().clone()
+        losses = []
+        with torch.no_grad():
+            for sign in (1, -1):
+                p.copy_(start + sign * delta / norm * (p.grad / norm))
+                losses.append(model(x, y, doc_ids).item())
+            p.copy_(start)
+        assert (losses[0] - losses[1]) / (2 * delta) == pytest.approx(1, abs=5e-3), name
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_loss_does_not_depend_on_its_chunks(monkeypatch, frozen):
-    """Rows that do not divide into chunks, masked targets, a head that is trained or not; against plain autograd."""
+    """It equals plain autograd with rows that do not divide into chunks, with masked labels, and with a trained or a
+    frozen head."""
     model, x = random_model(small()), random_tokens(small(), 3, 41)
     model.model.embed_tokens.requires_grad_(not frozen)
     y = torch.where(random_tokens(small(), 3, 41, seed=2) < 40, -100, x.roll(-1, 1))
@@ -218,7 +272,7 @@ def test_the_loss_does_not_depend_on_its_chunks(monkeypatch, frozen):
         torch.testing.assert_close(model(x, y, reduction="sum"), expected)
 
 
-def test_first_loss_is_that_of_uniform_guessing():
+def test_the_first_loss_is_that_of_uniform_guessing():
     config = GemmaConfig(vocab_size=4096, num_hidden_layers=2)
     loss = Gemma(config).init_weights(0)(random_tokens(config, 2, 64), random_tokens(config, 2, 64, seed=3))
     assert abs(loss.item() - torch.tensor(4096.0).log().item()) < 0.3
@@ -235,7 +289,7 @@ def test_blocks_start_by_adding_as_much_as_a_token():
     assert sizes == pytest.approx([embedded] * 4, rel=0.01)
 
 
-def test_init_is_a_function_of_the_seed():
+def test_initial_weights_are_a_function_of_the_seed():
     a, b, c = (Gemma(small()).init_weights(seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not any(torch.equal(a[k], c[k]) for k in a if "norm" not in k)
@@ -243,7 +297,7 @@ def test_init_is_a_function_of_the_seed():
 
 @pytest.mark.parametrize("prompt_length", [1, 3, 7, 8, 20])
 def test_cached_generation_equals_uncached_beyond_the_window(prompt_length):
-    """The bug of many caches: right up to the window, gibberish after it (litgpt 2153, 2182)."""
+    """Many caches are right up to the window and wrong after it (litgpt 2153, 2182)."""
     config = small()
     model = random_model(config)
     prompt = random_tokens(config, 2, prompt_length)
@@ -269,9 +323,9 @@ def test_a_compiled_step_makes_the_same_tokens():
     assert all(map(torch.equal, eager, compiled))
 
 
-def test_what_a_compiled_step_changes_stays_where_it_is():
-    """CUDA graphs are skipped ("mutated inputs") where a step writes into a tensor whose address may be another next
-    time. The length of the cache was such a one."""
+def test_tensors_that_a_compiled_step_changes_have_static_addresses():
+    """CUDA graphs are skipped ("mutated inputs") if a step writes into a tensor whose address may change. The length of
+    the cache was once such a tensor."""
     graphs = []
 
     def look(graph, inputs):
@@ -290,7 +344,7 @@ def test_what_a_compiled_step_changes_stays_where_it_is():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda_graphs_run():
+def test_no_cuda_graph_is_skipped():
     model = random_model(small()).cuda()
     prompts = [random_tokens(model.config, 2, n).cuda() for n in (1, 20)]
     eager = [torch.stack(list(model.generate(prompt, 30, temperature=0)), 1) for prompt in prompts]
@@ -300,8 +354,8 @@ def test_cuda_graphs_run():
     assert all(map(torch.equal, eager, compiled)) and counters["inductor"]["cudagraph_skips"] == 0
 
 
-def test_a_cache_holds_windows_in_the_dtype_of_their_keys():
-    """Not in that of the embedding: under autocast and FSDP it is another."""
+def test_a_cache_holds_windows_in_the_dtype_of_the_keys():
+    """Under autocast and FSDP the embedding has another dtype."""
     config, cache = small(), KVCache(small(), 100, "cpu")
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         random_model(config)(random_tokens(config, 2, 20), cache=cache)
@@ -320,27 +374,43 @@ def test_greedy_generation_equals_transformers(tmp_path):
     assert torch.equal(ours, theirs[:, 5:])
 
 
-@pytest.mark.parametrize("top_k, top_p", [(5, None), (30, 0.9), (99, 0.5), (None, 0.7), (1, None)])
-def test_tokens_are_drawn_from_what_transformers_leaves(top_k, top_p):
-    """As often as their probabilities say; a top_k above the vocabulary keeps all of it."""
+@pytest.mark.parametrize("top_k, top_p", [(5, 1.0), (30, 0.9), (99, 0.5), (0, 0.7), (1, 1.0)])
+def test_tokens_are_drawn_from_those_that_transformers_keeps(top_k, top_p):
+    """They are drawn in proportion to their probabilities. A top_k above the vocabulary keeps all tokens."""
     logits = 2 * torch.randn(1, 40, generator=torch.Generator().manual_seed(1))
     left = TopKLogitsWarper(top_k)(None, logits / 0.8) if top_k else logits / 0.8
-    left = TopPLogitsWarper(top_p)(None, left) if top_p else left
-    drawn = sample_token(logits.expand(20_000, 40), 0.8, top_k, top_p, torch.Generator().manual_seed(0))
+    left = TopPLogitsWarper(top_p)(None, left) if top_p < 1 else left
+    how = {"temperature": 0.8, "top_k": top_k, "top_p": top_p, "generator": torch.Generator().manual_seed(0)}
+    drawn = sample_token(logits.expand(20_000, 40), **how)
     shares = drawn.bincount(minlength=40) / len(drawn)
     assert not shares[left[0] == -torch.inf].any()
     assert torch.allclose(shares, left[0].softmax(-1), atol=0.015)
 
 
+def test_the_switches_of_sampling_have_one_spelling():
+    """None once meant off in one place, and 0 or 1 in another. Arguments by position were easily mixed up."""
+    switches = {"top_k": 0, "top_p": 1.0}
+    parameters = inspect.signature(sample_token).parameters
+    assert all(p.kind is p.KEYWORD_ONLY for name, p in parameters.items() if name != "logits")
+    for function in (sample_token, SampleConfig):
+        parameters = inspect.signature(function).parameters
+        assert {name: parameters[name].default for name in switches} == switches, function
+    model, prompt = random_model(small()), random_tokens(small(), 2, 5)
+    for function in (Gemma.generate, Gemma.generate_batch):  # they pass the switches on
+        assert not switches.keys() & inspect.signature(function).parameters.keys()
+    made = [torch.stack(list(model.generate(prompt, 30, seed=5, **how))) for how in ({}, switches)]
+    assert torch.equal(*made) and len(made[0].unique()) > 10
+
+
 def test_sampling_follows_the_distribution():
     logits = torch.tensor([0.0, 1.0, 2.0]).expand(20_000, 3)
-    drawn = sample_token(logits, 2.0, generator=torch.Generator().manual_seed(0))
+    drawn = sample_token(logits, temperature=2.0, generator=torch.Generator().manual_seed(0))
     expected = (logits[0] / 2).softmax(-1)
     assert torch.allclose(drawn.bincount().float() / len(drawn), expected, atol=0.015)
 
 
 def test_generation_stops_and_repeats_with_its_seed():
-    """Generation that never ends at end of text is the oldest complaint (nanoGPT 36, 308)."""
+    """Generation that never ends at end-of-text is the oldest complaint (nanoGPT 36, 308)."""
     config = small()
     model = random_model(config)
     prompt = random_tokens(config, 3, 4)
@@ -356,9 +426,9 @@ def test_generation_stops_and_repeats_with_its_seed():
         assert row == whole[:length] + [-1] * (len(row) - length)
 
 
-def test_prompts_of_different_lengths_are_continued_as_if_alone():
-    """Shorter than the window, longer, of one token; a stop id within a prompt stops nothing; each row has a limit of
-    its own. What comes out is what each prompt alone is continued by."""
+def test_prompts_of_different_lengths_are_continued_as_if_each_were_alone():
+    """Prompts are shorter and longer than the window, and one token long. A stop id inside a prompt stops nothing. Each
+    row has its own limit."""
     model = random_model(small(max_position_embeddings=40))
     prompts = [random_tokens(model.config, n, seed=n).tolist() for n in (12, 1, 5, 25, 12, 6, 1)]
     limits, how = [20, 30, 0, 30, 1, 9, 0], {"temperature": 0}
@@ -374,7 +444,7 @@ def test_prompts_of_different_lengths_are_continued_as_if_alone():
 
 
 class Words:
-    """A tokenizer whose texts are lists of ids."""
+    """A tokenizer whose texts are printed lists of ids."""
 
     decode = staticmethod(str)
 
@@ -389,6 +459,19 @@ def test_generation_ends_at_the_last_position():
         model(random_tokens(config, 1, 17))
 
 
+def test_model_py_alone_is_enough_for_your_own_training_loop():
+    model = Gemma(small()).init_weights(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    tokens, losses = random_tokens(model.config, 4, 21), []
+    for _ in range(20):
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1
+
+
 def test_a_parameter_that_init_weights_does_not_know_is_refused():
     model = Gemma(small())
     model.model.layers[0].value_scale = torch.nn.Parameter(torch.ones(3))
@@ -397,7 +480,7 @@ def test_a_parameter_that_init_weights_does_not_know_is_refused():
 
 
 def test_another_activation_is_one_line(tmp_path, monkeypatch):
-    """As a hacker adds it; config.json says it, and transformers, which has one of that name, computes the same."""
+    """config.json names it, and transformers, which has an activation of that name, computes the same."""
     monkeypatch.setitem(ACTIVATIONS, "relu2", lambda x: x.relu().square())
     model = random_model(small(hidden_activation="relu2"))
     x = random_tokens(model.config, 2, 20)
@@ -414,17 +497,17 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(model(x), model(x))
     model.eval()
     assert torch.equal(model(x), model(x))
-    # each of the three places alone
-    for kept in ("embedding", "attention", "residual"):
+    # dropout at one of the three places
+    for place in ("embedding", "attention", "residual"):
         model.train()
-        model.dropout.p = 0.5 * (kept == "embedding")
+        model.dropout.p = 0.5 * (place == "embedding")
         for block in model.model.layers:
-            block.self_attn.dropout = 0.5 * (kept == "attention")
-            block.dropout.p = 0.5 * (kept == "residual")
-        assert not torch.equal(model(x), model(x)), kept
+            block.self_attn.dropout = 0.5 * (place == "attention")
+            block.dropout.p = 0.5 * (place == "residual")
+        assert not torch.equal(model(x), model(x)), place
 
 
-def test_save_and_load_round_trip(tmp_path):
+def test_a_saved_model_loads_unchanged(tmp_path):
     model = random_model(small(rope_linear_factor=8.0))
     model.save_pretrained(tmp_path)
     again = Gemma.from_pretrained(tmp_path)
@@ -435,7 +518,7 @@ def test_save_and_load_round_trip(tmp_path):
 
 
 def change_weights(path, change):
-    """Rewrite path/model.safetensors with change(weights) -> weights."""
+    """Replace the weights in path/model.safetensors by change(weights)."""
     file = path / "model.safetensors"
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
 
@@ -459,7 +542,7 @@ def test_loading_is_strict(tmp_path, change, message):
 
 
 def official_small(**changes):
-    """transformers' own config of a small Gemma 3 with every 6th layer full, and a 4B's RoPE scaling."""
+    """Return transformers' config of a small Gemma 3. Every 6th layer is full, and RoPE is scaled as in 4B."""
     shape = dict(
         vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=7, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=23, sliding_window=7, max_position_embeddings=256,
@@ -470,7 +553,8 @@ def official_small(**changes):
 
 
 def save_official(model, path, **how):
-    """Random bfloat16 weights, norms included, as transformers saves them -> the model as it reads them again."""
+    """Save a model of transformers with random bfloat16 weights, norms included. Return the model that transformers
+    reads from there."""
     torch.manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -485,7 +569,7 @@ def edit_config(path, change):
 
 
 def to_old_style(config):
-    """A config.json as it was first published: flat RoPE settings, the pattern in place of layer_types."""
+    """Return a config.json in the style first published: flat RoPE settings, a pattern in place of layer_types."""
     config = {k: v for k, v in config.items() if k not in ("rope_parameters", "layer_types", "_sliding_window_pattern")}
     scaling = {"rope_type": "linear", "factor": 8.0}
     return config | {
@@ -516,7 +600,7 @@ def test_the_text_part_of_multimodal_checkpoints_loads(tmp_path, prefix):
     )
     peer = save_official(Gemma3ForConditionalGeneration(config), tmp_path)
     assert any("vision_tower" in name for name in load_file(tmp_path / "model.safetensors"))
-    if prefix == "model.language_model.":  # as some releases of transformers name them
+    if prefix == "model.language_model.":  # the names in some releases of transformers
         renamed = {"language_model.model.": prefix, "vision_tower.": "model.vision_tower.", "multi": "model.multi"}
         rename = re.compile("^(" + "|".join(renamed) + ")")
         change_weights(
@@ -529,7 +613,7 @@ def test_the_text_part_of_multimodal_checkpoints_loads(tmp_path, prefix):
 
 @pytest.mark.parametrize(
     "shape",
-    [  # all that the published config.json of 4B, 12B and 27B say of the text part
+    [  # everything in the published config.json files of 4B, 12B and 27B about the text part
         dict(hidden_size=2560, intermediate_size=10240, num_hidden_layers=34),
         dict(hidden_size=3840, intermediate_size=15360, num_hidden_layers=48, num_attention_heads=16,
              num_key_value_heads=8),
@@ -538,7 +622,7 @@ def test_the_text_part_of_multimodal_checkpoints_loads(tmp_path, prefix):
     ],
     ids=["4b", "12b", "27b"],
 )  # fmt: skip
-def test_what_published_configs_leave_out(shape):
+def test_settings_that_published_configs_leave_out_get_their_defaults(shape):
     scaling = {"factor": 8.0, "rope_type": "linear"}
     text = shape | {"model_type": "gemma3_text", "rope_scaling": scaling, "sliding_window": 1024}
     d = {"model_type": "gemma3", "text_config": text, "eos_token_id": [1, 106], "vision_config": {}}
@@ -548,9 +632,9 @@ def test_what_published_configs_leave_out(shape):
     assert ours.eos_token_id == [1, 106] and ours.rope_linear_factor == 8
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a process's memory as Linux shows it")
-def test_a_270m_checkpoint_with_the_official_vocabulary(tmp_path):
-    """268M parameters in bfloat16, loaded as users do, in a process whose memory is counted."""
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc to measure memory")
+def test_an_official_270m_checkpoint_loads_in_little_memory(tmp_path):
+    """268M parameters in bfloat16 load in a process of their own, whose memory is measured."""
     config = Gemma3TextConfig(
         vocab_size=262144, hidden_size=640, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=4,
         num_key_value_heads=1, sliding_window=512, max_position_embeddings=32768,
@@ -563,20 +647,20 @@ from model import Gemma
 def kib(field):
     return int(re.search(field + ":\\s+(\\d+)", open("/proc/self/status").read())[1])
 
-held = kib("VmRSS")  # by the libraries: those of a CUDA build hold more
+before = kib("VmRSS")  # of the libraries; a CUDA build needs more
 start = time.perf_counter()
 model = Gemma.from_pretrained({str(tmp_path)!r}).eval()
 seconds = time.perf_counter() - start
-peak = kib("VmHWM")  # the most memory this process has held
+peak = kib("VmHWM")  # the highest memory use of this process
 with torch.no_grad():
     torch.save(model(torch.arange(0, 262144, 20000)[None]), {str(tmp_path / "logits.pt")!r})
-print(model.num_params(), seconds, held, peak)
+print(model.num_params(), seconds, before, peak)
 """
     made = subprocess.run([sys.executable, "-c", code], cwd=HOME, capture_output=True, text=True, check=True)
-    parameters, seconds, held, peak = made.stdout.split()
+    parameters, seconds, before, peak = made.stdout.split()
     print(f"loaded in {float(seconds):.1f} s, at most {int(peak) / 1e6:.2f} GB")
     assert int(parameters) == 268_098_176
-    assert int(peak) - int(held) < 1.25e6
+    assert int(peak) - int(before) < 1.25e6
     with torch.no_grad():
         logits = peer(torch.arange(0, 262144, 20000)[None]).logits
     ours = torch.load(tmp_path / "logits.pt")
@@ -597,7 +681,7 @@ ODD = [None, [], {}, "x", -1, 1e308, True, [1, 2], [{}] * 4, 0, 2**40, {"rope_th
 
 
 def test_configs_of_any_content_are_read_or_refused(tmp_path):
-    """A list for a config.json, a dict for a layer's kind: each ended in a traceback once."""
+    """A list in place of config.json, and a dict in place of a layer's kind, once ended in a traceback."""
     config = config_to_dict(small(rope_linear_factor=8.0))
     for content in (config, to_old_style(config), {"model_type": "gemma3", "text_config": config}):
         config_from_dict(content)
@@ -617,15 +701,14 @@ def test_configs_of_any_content_are_read_or_refused(tmp_path):
 
 
 def with_odd_values(content):
-    """The dict with each of ODD in place of each value in it, at any depth."""
+    """Yield copies of the dict. Each copy has one value, at any depth, replaced by one of ODD."""
     for key, value in content.items():
         yield from (content | {key: odd} for odd in ODD)
         if isinstance(value, dict):
             yield from (content | {key: odd} for odd in with_odd_values(value))
 
 
-def test_a_fingerprint_tells_weights_apart(tmp_path):
-    """Every file counts, and nothing but them."""
+def test_a_fingerprint_depends_on_all_weights_and_nothing_else(tmp_path):
     save_official(Gemma3ForCausalLM(official_small()), tmp_path, max_shard_size="30KB")
     before = weights_fingerprint(tmp_path)
     edit_config(tmp_path, lambda config: config | {"rms_norm_eps": 0.1})
@@ -642,14 +725,14 @@ def test_a_fingerprint_tells_weights_apart(tmp_path):
     [{"model_type": "gemma2"}, {"final_logit_softcapping": 30.0}, {"use_bidirectional_attention": True},
      {"tie_word_embeddings": False}, {"hidden_activation": "silu"}, {"attention_bias": True}],
 )  # fmt: skip
-def test_what_is_not_gemma_3_is_refused(tmp_path, change):
+def test_other_architectures_than_gemma_3_are_refused(tmp_path, change):
     random_model(small()).save_pretrained(tmp_path)
     edit_config(tmp_path, lambda config: config | change)
     with pytest.raises(ValueError, match=f"{next(iter(change))}"):
         Gemma.from_pretrained(tmp_path)
 
 
-def test_config_of_transformers_old_style_and_new():
+def test_configs_of_transformers_are_read_in_the_old_style_and_the_new():
     new = Gemma3TextConfig(
         vocab_size=97, hidden_size=48, head_dim=16, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=7,
         intermediate_size=80, query_pre_attn_scalar=23, sliding_window=7, max_position_embeddings=256,
@@ -662,6 +745,25 @@ def test_config_of_transformers_old_style_and_new():
     assert config_from_dict(old | {"sliding_window_pattern": 6}) == read
     assert (read.rope_theta, read.rope_local_base_freq, read.rope_linear_factor) == (5e5, 2e4, 8.0)
     assert read.layer_types == [SLIDING] * 5 + [FULL, SLIDING]
+
+
+def test_a_field_that_you_add_replaces_a_constant_of_gemma_3(tmp_path, monkeypatch):
+    """config.json once got the constant in place of the field, and the model was loaded as if the field had never been
+    there."""
+
+    @dataclass
+    class CappedConfig(GemmaConfig):
+        final_logit_softcapping: float | None = None
+
+    config = CappedConfig(**asdict(small()))
+    with monkeypatch.context() as patch:
+        patch.setattr("model.GemmaConfig", CappedConfig)
+        for cap in (None, 30.0):
+            Gemma(replace(config, final_logit_softcapping=cap)).init_weights(0).save_pretrained(tmp_path)
+            assert json.loads((tmp_path / "config.json").read_text())["final_logit_softcapping"] == cap
+            assert Gemma.from_pretrained(tmp_path).config == replace(config, final_logit_softcapping=cap)
+    with pytest.raises(ValueError, match=r"final_logit_softcapping=30\.0 is not supported"):
+        Gemma.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -680,7 +782,7 @@ def test_impossible_configs_are_refused(changes, message):
 
 
 def test_rows_of_records_stay_compiled(monkeypatch):
-    """The loss once met more shapes than torch.compile takes by default, and went on without it."""
+    """The loss once had more shapes than torch.compile accepts by default, and then ran uncompiled."""
     config = GemmaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, sliding_window_pattern=2, head_dim=16,
         num_attention_heads=2,
@@ -692,8 +794,8 @@ def test_rows_of_records_stay_compiled(monkeypatch):
         model.compile_layers()
         tokens = torch.randint(64, (B, T))
         for grad, share in itertools.product((True, False), (0.2, 0.4, 0.7, 1.0)):
-            targets = tokens.where(torch.arange(T) < share * T, -100)
+            labels = tokens.where(torch.arange(T) < share * T, -100)
             with torch.set_grad_enabled(grad):
-                model(tokens, targets, torch.ones_like(tokens))
+                model(tokens, labels, torch.ones_like(tokens))
         with torch.no_grad():
             model(tokens.repeat(4, 1), tokens.repeat(4, 1))  # plain text

@@ -1,4 +1,4 @@
-"""docs/play.html in a real browser. By hand, where npm can install one:
+"""docs/play.html in a real browser. Run it by hand, on a machine where npm can install one:
 
 npm install --prefix /tmp/play @wllama/wllama@3.13.0 puppeteer-core@24 @sparticuz/chromium@147
 PLAY_MODULES=/tmp/play/node_modules python -m pytest -n 0 -m slow tests/test_play.py
@@ -39,8 +39,8 @@ await browser.close();
 
 
 @pytest.mark.slow
-def test_the_page_writes_what_sample_writes(tmp_path):
-    """The likeliest story after an opening, to the end of the text, is sample.py's to the letter."""
+def test_the_page_writes_the_same_story_as_sample_py(tmp_path):
+    """The likeliest story after an opening equals that of sample.py to the letter, to the end of the text."""
     if not shutil.which("node") or not (MODULES / "@wllama").exists() or not (MODULES / "@sparticuz").exists():
         pytest.skip(f"needs node, and wllama and a browser in {MODULES}: see the top of this file")
     project = copy_project(tmp_path)

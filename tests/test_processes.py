@@ -1,4 +1,4 @@
-"""Several processes by torchrun, two gloo processes on this machine's CPU: the same updates as one process makes."""
+"""support/processes.py: several processes on this CPU, started by torchrun, take the same steps as one process."""
 
 import os
 import re
@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY, copy_project, losses, run_script
+from conftest import TINY, copy_project, losses, prepare_fables, run_script
 from safetensors.torch import load_file
 
-import train
-from train import read_log
+from support import processes
+from support.files import latest_intact_dir
+from support.log import read_log
+from support.runs import read_state
 
 RECIPE = ["--dataset=fables", *TINY, "--dtype=float32", "--max_iters=12", "--gradient_accumulation_steps=3",
           "--optimizer=adamw"]  # fmt: skip
@@ -21,8 +23,7 @@ WAYS = {"ddp": [], "fsdp": ["--fsdp=True"]}
 LORA = ["--init_from=out/base/best", "--data=fables", "--max_records=60", "--num_checked=3", "--rank=4", "--device=cpu",
         "--max_length=500", "--max_tokens_per_batch=1500", "--compile=False", "--dtype=float32", "--log_interval=1",
         "--eval_interval=5", "--sample_tokens=5", "--num_samples=1", "--gradient_accumulation_steps=1",
-        "--forgetting=fables", "--epochs=1", "--learning_rate=0.003", "--batch_size=6",
-        "--forgetting_block_size=64", "--merge=True"]  # fmt: skip
+        "--epochs=1", "--learning_rate=0.003", "--batch_size=6", "--merge=True"]  # fmt: skip
 
 
 def slow(*values):
@@ -31,11 +32,7 @@ def slow(*values):
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    path = copy_project(tmp_path_factory.mktemp("project"))
-    run_script(
-        path, "prepare.py", "--dataset=fables", "--max_documents=300", "--val_fraction=0.05", "--tokenizer=bpe:1000"
-    )
-    return path
+    return prepare_fables(copy_project(tmp_path_factory.mktemp("project")), tokenizer="bpe:1000")
 
 
 def torchrun(*args, processes=2):
@@ -49,15 +46,15 @@ def single(project):
 
 
 def agree(run, other):
-    """The same losses at the same steps, within float32 rounding; the same evaluations."""
-    for event, key, within in (("step", "train_loss", 1e-5), ("step", "grad_norm", 1e-3), ("eval", "val_loss", 1e-5)):
+    """Check that two runs have the same losses at the same steps and evaluations, within float32 rounding."""
+    for event, key, rel in (("step", "train_loss", 1e-5), ("step", "grad_norm", 1e-3), ("eval", "val_loss", 1e-5)):
         a, b = ({e["step"]: e[key] for e in read_log(r / "log.jsonl") if e["event"] == event} for r in (run, other))
-        assert a.keys() == b.keys() and list(a.values()) == pytest.approx(list(b.values()), rel=within), (event, key)
+        assert a.keys() == b.keys() and list(a.values()) == pytest.approx(list(b.values()), rel=rel), (event, key)
 
 
 @pytest.mark.parametrize("processes, way", [(2, "ddp"), slow(2, "fsdp"), slow(4, "ddp"), slow(4, "fsdp")])
 def test_losses_are_those_of_one_process(project, single, processes, way):
-    """With accumulation, 12 rows an update: 3 micro-batches share out neither in 2 nor in 4."""
+    """With accumulation a step has 3 micro-batches of 4 rows, which neither 2 nor 4 processes can share as a whole."""
     out = f"out/{way}{processes}"
     run_script(project, *torchrun("train.py", *RECIPE, *WAYS[way], f"--out_dir={out}", processes=processes))
     agree(project / out, single)
@@ -68,16 +65,15 @@ def test_losses_are_those_of_one_process(project, single, processes, way):
     assert {n: w.shape for n, w in ours.items()} == {n: w.shape for n, w in theirs.items()}
 
 
-# what every other test here pins is left alone: bfloat16, compiled, Muon
+# these flags leave the defaults that all other tests here change: bfloat16, compiled, Muon
 DEFAULTS = ["--dataset=fables", *(flag for flag in TINY if flag not in ("--compile=False", "--device=cpu")),
             "--num_hidden_layers=2"]  # fmt: skip
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_default_path(project, way):
-    """FSDP once gathered bfloat16 weights, which sampling without autocast could not mix with its float32 cache: a
-    traceback at update 0 that no test saw, as all of them pinned float32. Its arithmetic is that of one process now.
-    Pretraining, then LoRA on what it made."""
+def test_default_settings_train_and_tune_like_one_process(project, way):
+    """FSDP once gathered bfloat16 weights, which sampling without autocast could not mix with its float32 cache. No
+    test noticed the traceback at step 0, because all of them set float32. Its arithmetic is now that of one process."""
     tune = ["lora.py", "--init_from=out/defaults/best", "--data=fables", "--max_records=60", "--num_checked=6",
             "--max_iters=6", "--log_interval=1", "--sample_tokens=5", "--max_length=500", "--merge=True"]  # fmt: skip
     if not (project / "out" / "defaults").exists():
@@ -95,8 +91,8 @@ def test_the_default_path(project, way):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_muon_too(project, way):
-    """Its own arithmetic is bfloat16, which makes more of a rounding."""
+def test_muon_takes_the_same_steps_too(project, way):
+    """Muon computes in bfloat16, so its roundings are larger."""
     for out, launch in (("muon", list), (f"muon-{way}", lambda command: torchrun(*command, *WAYS[way]))):
         if not (project / "out" / out).exists():
             run_script(project, *launch(["train.py", *RECIPE, "--optimizer=muon", f"--out_dir=out/{out}"]))
@@ -109,13 +105,13 @@ def test_a_checkpoint_resumes_on_any_number_of_processes(project, single, before
     out = f"out/{before}-{after}"
     for way, more in ((before, "--eval_interval=5"), (after, "--init_from=resume")):
         command = ["train.py", *RECIPE, f"--out_dir={out}", more, *WAYS.get(way, [])]
-        if more.startswith("--eval"):  # as if cut off: the schedule is that of 12 updates
+        if more.startswith("--eval"):  # the run is cut off; its schedule is still that of 12 steps
             command = ["cut.py", *command[1:]]
             (project / "cut.py").write_text(
-                "import sys, train\nfrom config import run\nfrom model import GemmaConfig\n"
+                "import sys, train\nfrom model import GemmaConfig\nfrom support.settings import Failure, run\n"
                 "plain = train.optimizer_step\n"
                 "calls = [0]\n"
-                "def step(*args):\n    calls[0] += 1\n    if calls[0] == 8: raise train.Failure('cut')\n"
+                "def step(*args):\n    calls[0] += 1\n    if calls[0] == 8: raise Failure('cut')\n"
                 "    return plain(*args)\n"
                 "train.optimizer_step = step\nrun(train.main, train.PretrainConfig, train.TrainConfig, GemmaConfig)\n"
             )
@@ -142,7 +138,7 @@ def test_lora_in_two_processes(project, single, way):
 
 
 def workers(process):
-    """The process ids of the ranks that a torchrun has started."""
+    """Return the process ids of the ranks that torchrun started."""
     found = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True).stdout
     return list(map(int, found.split()))
 
@@ -154,28 +150,27 @@ def start(project, out, *more, restarts=0):
     return subprocess.Popen([sys.executable, *command], cwd=project, **pipes)
 
 
-def wait_for_update(process, number):
+def wait_for_step(process, number):
     for line in process.stdout:
-        if (found := re.match(r"update +(\d+)/", line)) and int(found[1]) >= number:
+        if (found := re.match(r"step +(\d+)/", line)) and int(found[1]) >= number:
             return
     raise AssertionError(process.stderr.read())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_a_killed_rank_ends_all_and_a_restart_goes_on(project, way):
+def test_a_killed_rank_ends_all_and_a_restart_continues(project, way):
     out = project / "out" / f"killed-{way}"
     process = start(project, out, *WAYS[way])
-    wait_for_update(process, 12)
+    wait_for_step(process, 12)
     killed_at = time.monotonic()
     os.kill(workers(process)[1], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode and time.monotonic() - killed_at < 60
     assert "exitcode" in errors and "SIGKILL" in errors  # torchrun names the rank and the signal
-    state = train.read_state(train.intact_dir(out / "last"), {"settings": {}}, ())
-    assert state["step"] >= 10
+    assert read_state(latest_intact_dir(out / "last"), None, {}, ()).step >= 10
     again = start(project, out, *WAYS[way], "--init_from=resume")
-    wait_for_update(again, 20)
+    wait_for_step(again, 20)
     again.send_signal(signal.SIGTERM)
     again.communicate(timeout=60)
     steps = [step for step, _ in losses(out)]
@@ -185,46 +180,52 @@ def test_a_killed_rank_ends_all_and_a_restart_goes_on(project, way):
 def test_torchrun_restarts_by_itself(project):
     out = project / "out" / "restarted"
     process = start(project, out, restarts=1)
-    wait_for_update(process, 12)
+    wait_for_step(process, 12)
     os.kill(workers(process)[0], signal.SIGKILL)
-    wait_for_update(process, 20)
+    wait_for_step(process, 20)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     steps = [step for step, _ in losses(out)]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 20
-    assert not list(out.parent.glob("restarted-*")), "the run was begun anew"
+    assert not list(out.parent.glob("restarted-*")), "torchrun started a new run"
 
 
-def test_a_signal_to_torchrun_saves(project):
+def test_a_signal_to_torchrun_saves_the_run(project):
     out = project / "out" / "signalled"
     process = start(project, out)
-    wait_for_update(process, 7)
+    wait_for_step(process, 7)
     process.send_signal(signal.SIGTERM)
     printed, errors = process.communicate(timeout=60)
-    assert "to go on: the same command, and --init_from=resume" in printed, errors
+    assert "to continue: the same command with --init_from=resume" in printed, errors
     assert "forcefully exiting" not in errors
-    state = train.read_state(out / "last", {"settings": {}}, ())
-    assert state["step"] >= 7 and state["step"] % 5, "saved where it was told to stop, not at an evaluation"
+    step = read_state(out / "last", None, {}, ()).step
+    assert step >= 7 and step % 5, "the run was saved at the signal, not at an evaluation"
 
 
-def test_fewer_rows_than_processes(project):
-    """One row in a micro-batch, three of them: a process without a row comes along with one that has no targets."""
+def test_a_step_may_have_fewer_rows_than_there_are_processes(project):
+    """A step has three micro-batches of one row. A process without a row computes one without labels."""
     flags = ["train.py", *RECIPE, "--batch_size=1", "--max_iters=6"]
     run_script(project, *flags, "--out_dir=out/few")
     run_script(project, *torchrun(*flags, "--out_dir=out/few2"))
     agree(project / "out" / "few2", project / "out" / "few")
 
 
-def test_all_processes_stop_at_the_same_update(monkeypatch):
-    """A signal that comes while the processes ask each other is heard by one of them alone. That one used to stop, and
-    the other waited for it until torchrun killed both: about one time in four."""
-    trainer = object.__new__(train.Trainer)
-    trainer.noted_signal, trainer.stop_signal, trainer.device = 0, 0, "cpu"
+def test_all_processes_stop_at_the_same_step(monkeypatch):
+    """A signal can arrive while the processes ask each other. Then only one of them knows it. That process once
+    stopped, and the other waited for it until torchrun killed both, about one time in four."""
+    signals = processes.StopSignals("cpu")
 
     def interrupted_sum(tensor, _device):
-        trainer.note_signal(signal.SIGTERM, None)
+        signals.receive(signal.SIGTERM, None)
         return tensor
 
-    monkeypatch.setattr(train, "all_reduce_sum", interrupted_sum)
-    assert not trainer.stop_requested()
-    assert trainer.stop_requested() and trainer.stop_signal == signal.SIGTERM
+    monkeypatch.setattr(processes, "all_reduce_sum", interrupted_sum)
+    assert not signals.stop_requested() and signals.received == signal.SIGTERM
+    assert signals.stop_requested() and signals.stop_signal == signal.SIGTERM
+
+
+def test_signal_handlers_are_restored():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with processes.StopSignals("cpu") as signals:
+        assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signals.receive
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before

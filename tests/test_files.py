@@ -1,0 +1,54 @@
+"""support/files.py: files and directories are whole or unchanged, on every filesystem."""
+
+import contextlib
+import errno
+import fcntl
+import os
+
+import pytest
+
+from support.files import atomic_replace_dir, fsync, write_atomically
+
+
+def test_files_are_synced_on_windows_too(tmp_path, monkeypatch):
+    """There fsync needs a handle opened for writing, and directories cannot be opened."""
+    fsync, open_ = os.fsync, os.open
+
+    def strict_open(path, flags, *args):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return open_(path, flags, *args)
+
+    def strict_fsync(handle):
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "open", strict_open)
+    monkeypatch.setattr(os, "fsync", strict_fsync)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "file").write_text("text")
+    atomic_replace_dir(tmp_path / "new", tmp_path / "old")
+    assert (tmp_path / "old" / "file").read_text() == "text"
+
+
+@pytest.mark.parametrize("number, is_error", [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_a_filesystem_that_cannot_sync_directories_loses_no_save(tmp_path, monkeypatch, number, is_error):
+    def failing_fsync(handle):
+        if os.path.isdir(f"/proc/self/fd/{handle}") or number == errno.EIO:
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", failing_fsync)
+    with pytest.raises(OSError) if is_error else contextlib.nullcontext():
+        fsync(tmp_path)
+
+
+def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_atomically(tmp_path / "log", "old")
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError):
+        write_atomically(tmp_path / "log", b"new")
+    assert (tmp_path / "log").read_text() == "old" and os.listdir(tmp_path) == ["log"]

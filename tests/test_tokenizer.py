@@ -1,0 +1,120 @@
+"""support/tokenizer.py: our tokenizers against tiktoken, `tokenizers` and transformers."""
+
+import json
+import types
+
+import pytest
+import tiktoken
+import tokenizers
+from conftest import STORIES, random_texts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from support.tokenizer import END_OF_TEXT, Tokenizer, spec_of_tiktoken, train_bpe
+
+STORY = "Once upon a time, there was a fox. It said: 'I'll go!'\n\nÜber naïve café 12345 Ω \t a  — 你好 🦊"
+
+
+def trained(size=400):
+    return Tokenizer(train_bpe([STORY * 3, "the fox and the crow and the fox"], size))
+
+
+def hf_ids(tokenizer, text):
+    hf = tokenizers.Tokenizer.from_str(json.dumps(tokenizer.spec))
+    hf.encode_special_tokens = True
+    return hf.encode(text, add_special_tokens=False).ids
+
+
+def mini_tiktoken(pattern):
+    """Return an encoding like tiktoken's own, with the vocabulary of trained()."""
+    ranks = trained().bpe._mergeable_ranks
+    return tiktoken.Encoding("mini", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text())
+def test_any_text_survives_a_round_trip(text):
+    tokenizer = trained()
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eot not in ids
+    assert list(ids) == hf_ids(tokenizer, text)
+
+
+def test_special_tokens_in_text_are_text():
+    tokenizer = trained()
+    text = f"a {END_OF_TEXT} b"
+    assert tokenizer.eot not in tokenizer.encode(text) and tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_gpt2_equals_tiktoken(needs_gpt2, tinystories, tmp_path):
+    tokenizer, oracle = Tokenizer(spec_of_tiktoken(tiktoken.get_encoding("gpt2"))), tiktoken.get_encoding("gpt2")
+    stories = tinystories.read_text()[:1_000_000].replace(END_OF_TEXT, "")
+    assert tokenizer.vocab_size == 50257 and tokenizer.eot == 50256
+    tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in [stories, STORY, *random_texts(1000)]:
+        ids = oracle.encode_ordinary(text)
+        assert tokenizer.encode(text).tolist() == ids
+        assert theirs(text, split_special_tokens=True).input_ids == [tokenizer.bos, *ids]
+        assert theirs.decode(ids) == text
+
+
+@pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(st.characters(codec="utf-8") | st.sampled_from("aA1 \n\t'.s")))
+def test_patterns_of_tiktoken_survive_the_conversion(name, text):
+    """Each encoding's way to split words is the same in tiktoken, and in our tokenizer.json that tiktoken or
+    `tokenizers` runs."""
+    constructor = getattr(__import__("tiktoken_ext.openai_public", fromlist=[name]), name)
+    oracle = mini_tiktoken(pattern_of(constructor))
+    ours = Tokenizer(spec_of_tiktoken(oracle))
+    assert ours.bpe is not None
+    assert list(ours.encode(text)) == oracle.encode_ordinary(text) == hf_ids(ours, text)
+
+
+def pattern_of(constructor):
+    """Return the regex of a tiktoken encoding, without the download of its vocabulary."""
+    fake = {"load_tiktoken_bpe": lambda *a, **k: {}, "data_gym_to_mergeable_bpe_ranks": lambda *a, **k: {}}
+    return types.FunctionType(constructor.__code__, {**constructor.__globals__, **fake})()["pat_str"]
+
+
+def test_a_trained_tokenizer_has_the_requested_size():
+    tokenizer = trained(300)
+    assert tokenizer.vocab_size == 300 and tokenizer.eot == 299
+
+
+def test_gemmas_tokenizer_runs_through_tokenizers(gemma):
+    """It is a BPE with byte fallback, has underlines for spaces, added tokens that are not special, and special tokens
+    without a row in the embedding."""
+    ours, theirs = Tokenizer.load(gemma), AutoTokenizer.from_pretrained(gemma)
+    assert ours.bpe is None and (ours.eot, ours.bos, ours.pad) == (1, 2, 0)
+    assert ours.vocab_size <= json.loads((gemma / "config.json").read_text())["vocab_size"]
+    for text in ["A fox.\n\nHello wörld 🦆\n <eos>x<end_of_turn> y", "", " ", "\n\n\n", *random_texts(300)]:
+        ids = ours.encode(text)
+        assert ids.tolist() == theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        assert ours.decode(ids) == theirs.decode(ids)
+        assert not {1, 2, 482} & set(ids.tolist())
+
+
+def test_a_tokenizer_saved_with_truncation_truncates_nothing(gemma, tmp_path):
+    theirs = AutoTokenizer.from_pretrained(gemma)
+    theirs("a", truncation=True, max_length=8, padding="max_length")
+    theirs.save_pretrained(tmp_path)
+    assert '"max_length": 8' in (tmp_path / "tokenizer.json").read_text()
+    text = "Once upon a time there was a fox. " * 9
+    assert Tokenizer.load(tmp_path).encode(text).tolist() == Tokenizer.load(gemma).encode(text).tolist()
+
+
+def test_an_old_tokenizer_without_a_model_type_is_read():
+    tokenizer = trained()
+    old = Tokenizer(tokenizer.spec | {"model": {k: v for k, v in tokenizer.spec["model"].items() if k != "type"}})
+    assert old.bpe and old.encode(STORY).tolist() == tokenizer.encode(STORY).tolist()
+
+
+def test_documents_encoded_together_equal_documents_encoded_one_by_one():
+    tokenizer = trained()
+    for texts in (STORIES, [*STORIES, f"an {END_OF_TEXT} in a text"]):
+        expected = [i for text in texts for i in [*tokenizer.encode(text), tokenizer.eot]]
+        assert tokenizer.encode_documents(texts).tolist() == expected
