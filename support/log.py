@@ -80,7 +80,7 @@ class RunLog:
         head_share = (labels != -100).float().mean().item() if doc_ids else 1.0  # as Gemma.forward() computes it
         mfu = per_second * self.model.flops_per_token(labels.shape[1], head_share) / self.peak_flops
         left = (self.max_iters - state.step) * (now - self.clock_start) / (state.step - self.step_then)
-        entry = {"event": "step", "step": state.step, "tokens": state.tokens, "seconds": self.elapsed(),
+        entry = {"event": "step", "step": state.step, "tokens": state.tokens, "seconds": state.seconds,
                  **metrics, "tokens_per_sec": per_second, "mfu": mfu}  # fmt: skip
         memory = ""
         if self.device.type == "cuda":

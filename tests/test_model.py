@@ -367,7 +367,7 @@ def test_greedy_generation_equals_transformers(tmp_path):
     config = small()
     model = random_model(config)
     peer = peer_of(model, tmp_path)
-    prompt = random_tokens(config, 2, 5)
+    prompt = random_tokens(config, 2, 5, seed=6)  # at every step the likeliest token is 1% ahead
     ours = torch.stack(list(model.generate(prompt, 40, temperature=0)), 1)
     options = dict(max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
     theirs = peer.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
