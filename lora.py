@@ -37,7 +37,7 @@ from support.devices import pick_dtype, runtime_errors
 from support.documents import read_rows
 from support.files import latest_intact_dir
 from support.hub import RECORDS_ON_THE_HUB, hub_directory, load_dataset_from_hub
-from support.log import read_log
+from support.log import finite, read_log
 from support.processes import apply_fsdp, get_rank, get_world_size, loading_device, set_up, shutdown_distributed
 from support.runs import new_state, open_model, read_state, resolve_init_from, write_checkpoint
 from support.settings import NO_LIMIT, UserError, check_range, run, user_errors
@@ -61,7 +61,7 @@ class LoraConfig:
     max_tokens_per_batch: int = 4096  # several records share a row
     batch_size: int = 0  # records per batch, about; 0: a hundredth of them, at least 4, if max_tokens_per_batch allows
     val_fraction: float = 0.05  # share of the records held out; more of few records, to have about 8
-    num_checked: int = 1200  # held-out fable instructions to answer and check; before tuning, the first 240 of them
+    num_checked: int = 1200  # held-out instructions to answer and check; before tuning, the first 240 of them
     num_samples: int = 4  # answers shown before and after
     top_k: int = 5  # for those answers
     merge: bool = False  # at the end also save the best adapter merged into its model, to out_dir/merged
@@ -439,17 +439,19 @@ def print_plan(task):
 
 def measure(task, num_checked=None):
     """Return (figures by name, answers) for the report. num_checked: number of answers to check; None: all."""
-    lora_cfg, records, results = task.lora_cfg, task.val_records, {}
+    lora_cfg, records = task.lora_cfg, task.val_records
     task.model.eval()
-    if lora_cfg.data in CORPORA:
-        follows = importlib.import_module(CORPORA[lora_cfg.data]).follows
-        checked, followed = records[:num_checked], {"all": []}
-        limits = [2 * len(task.tokenizer.encode(messages[-1]["content"])) + 20 for messages in checked]
-        for messages, answer in zip(checked, task.answers(checked, limits, temperature=0), strict=True):
+    checked, outcomes = records[:num_checked], {"exact match": []}
+    limits = [2 * len(task.tokenizer.encode(messages[-1]["content"])) + 20 for messages in checked]
+    for messages, answer in zip(checked, task.answers(checked, limits, temperature=0), strict=True):
+        words, wanted_words = (text.casefold().split() for text in (answer, messages[-1]["content"]))
+        outcomes["exact match"].append(words == wanted_words)
+        if lora_cfg.data in CORPORA:
             turn = messages[-2]["turn"]
-            followed["all"].append(follows(turn, answer))
-            followed.setdefault(turn["task"], []).append(followed["all"][-1])
-        results |= {f"followed: {name}": sum(outcomes) / len(outcomes) for name, outcomes in sorted(followed.items())}
+            follows = importlib.import_module(CORPORA[lora_cfg.data]).follows(turn, answer)
+            for name in ("followed: all", f"followed: {turn['task']}"):
+                outcomes.setdefault(name, []).append(follows)
+    results = {name: sum(values) / len(values) for name, values in sorted(outcomes.items()) if values}
     shown = records[: lora_cfg.num_samples]
     limits = [task.cfg.sample_tokens] * len(shown)
     answers = task.answers(shown, limits, top_k=lora_cfg.top_k, seed=task.cfg.seed)
@@ -478,6 +480,9 @@ def report(task, state, after):
     print("\n" + text)
     with open(Path(task.cfg.out_dir) / "samples.txt", "a", encoding="utf-8") as f:
         f.write("--- before and after, of the best checkpoint\n" + text + "\n")
+    entry = {"event": "report", "step": state.step, "before": results_before, "after": results_after}
+    with open(Path(task.cfg.out_dir) / "log.jsonl", "a", encoding="utf-8") as f:
+        f.write(json.dumps(finite(entry)) + "\n")
 
 
 def save_merged(task, base, best):

@@ -78,9 +78,13 @@ def add_gguf_tokenizer(writer, tokenizer, num_rows):
         is_byte = model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", text)
         tokens[i], types[i] = text, TokenType.BYTE if is_byte else TokenType.NORMAL
     for token in added:
-        if token["id"] < num_rows:  # published models have no row for <image_soft_token>
-            kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
-            tokens[token["id"]], types[token["id"]] = token["content"], kind
+        text, i = token["content"], token["id"]
+        if i < num_rows:  # published models have no row for <image_soft_token>
+            # as in llama.cpp's converter: reserved tokens are no text, other added ones are found in plain text
+            reserved = r"<pad>|<mask>|<2mass>|\[@BOS@\]|<unused.*>|<[|｜].*[|｜]>"
+            is_control = token["special"] or re.fullmatch(reserved, text)
+            tokens[i] = text if is_control else text.replace("▁", " ")
+            types[i] = TokenType.CONTROL if is_control else TokenType.USER_DEFINED
     if tokenizer.bpe and tokenizer.bpe._pat_str == GPT2_PATTERN:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("gpt-2")

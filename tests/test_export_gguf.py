@@ -1,6 +1,7 @@
 """support/export_gguf.py: GGUF files, read by the gguf package and by llama.cpp."""
 
 import itertools
+import json
 from pathlib import Path
 
 import gguf
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from data import fable_grammar
 from model import Gemma
-from support.export_gguf import export_gguf
+from support.export_gguf import add_gguf_tokenizer, export_gguf
 from support.settings import UserError
 from support.tokenizer import Tokenizer
 
@@ -84,6 +85,33 @@ def open_in_llama_cpp(file):
     llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which takes minutes to build")
     return llama_cpp.Llama(str(file), n_ctx=512, verbose=False, type_k=llama_cpp.GGML_TYPE_F32,
                            type_v=llama_cpp.GGML_TYPE_F32, swa_full=False)  # fmt: skip
+
+
+def test_added_tokens_are_written_as_llama_cpp_writes_them(tmp_path):
+    """Gemma adds runs of spaces as tokens that are not special. Exported with "▁" for spaces they were never found
+    in a text, and llama.cpp wrote "▁▁▁▁if" for four spaces and "if". Reserved tokens are no text."""
+    publish_gemma(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocab = spec["model"]["vocab"]
+    word = next(token for token in vocab if token.startswith("▁") and len(token) > 2)
+    reserved = "<unused7>"
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    taken = next(token for token in vocab if token.isalpha())  # its row becomes the reserved token's
+    vocab[reserved] = vocab.pop(taken)
+    spec["model"]["merges"] = [pair for pair in spec["model"]["merges"] if taken not in (*pair, "".join(pair))]
+    spec["added_tokens"] += [{"id": vocab[token], "content": token, **plain} for token in (word, reserved)]
+    written = {}
+
+    class Writer:
+        def __getattr__(self, name):
+            return lambda *args: written.update({name: args[0]})
+
+    add_gguf_tokenizer(Writer(), Tokenizer(spec), max(vocab.values()) + 1)
+    tokens, types = written["add_token_list"], written["add_token_types"]
+    assert tokens[vocab[word]] == word.replace("▁", " ") and types[vocab[word]] == gguf.TokenType.USER_DEFINED
+    assert tokens[vocab[reserved]] == reserved and types[vocab[reserved]] == gguf.TokenType.CONTROL
+    other = next(token for token in vocab if token.startswith("▁") and token != word)
+    assert tokens[vocab[other]] == other and types[vocab[other]] == gguf.TokenType.NORMAL
 
 
 def test_llama_cpp_reads_gemmas_tokenizer(fables_project, tmp_path):

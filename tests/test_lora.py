@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -376,6 +377,9 @@ def test_a_run_learns_reports_and_saves(project, rank):
     assert evals[-1]["val_perplexity"] == pytest.approx(math.exp(evals[-1]["val_loss"]))
     for line in ("instruction: Say", "before:", "after:", "response perplexity:"):
         assert line in printed and line in (run / "samples.txt").read_text()
+    report = next(e for e in read_log(run / "log.jsonl") if e["event"] == "report")
+    figures = re.search(r"exact match: ([\d.]+) before, ([\d.]+) after", printed).groups()
+    assert figures == tuple(f"{report[when]['exact match']:.4f}" for when in ("before", "after"))
     assert (run / "best" / ("adapter_config.json" if rank else "config.json")).exists()
     merged = Gemma.from_pretrained(run / "merged").eval()
     tuned = Gemma.from_pretrained(project / "out/fables/best" if rank else run / "best").eval()
@@ -383,6 +387,22 @@ def test_a_run_learns_reports_and_saves(project, rank):
         load_adapter(tuned, run / "best")
     x = random_tokens(1, 12)
     torch.testing.assert_close(merged(x), tuned.eval()(x), atol=1e-4, rtol=0)
+
+
+def test_exact_match_counts_answers_that_equal_the_wanted_one_but_for_spaces_and_case():
+    wanted = ["Paris", "a b", "x", "Yes."]
+    answers = {"q0": "paris", "q1": " A  b\n", "q2": "x y", "q3": "yes"}
+    task = SimpleNamespace(
+        lora_cfg=LoraConfig(data="mine.json", num_samples=0),
+        cfg=TuneConfig(),
+        val_records=[exchange(f"q{i}", "", text) for i, text in enumerate(wanted)],
+        tokenizer=SimpleNamespace(encode=lambda text: text.split()),
+        answers=lambda records, limits, **sampling: [answers[messages[-2]["content"]] for messages in records],
+        model=torch.nn.Identity(),
+    )
+    assert lora.measure(task)[0] == {"exact match": 0.5}
+    assert lora.measure(task, num_checked=2)[0] == {"exact match": 1.0}
+    assert lora.measure(task, num_checked=0)[0] == {}
 
 
 @pytest.mark.parametrize("rank", [2, 0])

@@ -363,6 +363,35 @@ def test_a_cache_holds_windows_in_the_dtype_of_the_keys():
     assert {ring.dtype for ring in cache.rings} == {torch.bfloat16}
 
 
+def has_packed_products():
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@pytest.mark.skipif(not has_packed_products(), reason="needs oneDNN's bfloat16 products")
+def test_packed_weights_make_the_same_tokens_until_a_weight_changes():
+    """Generation packs bfloat16 weights. A changed weight is used at once, and training gives the memory back."""
+    model = random_model(small()).bfloat16()
+    x = random_tokens(model.config, 2, 20)
+
+    def tokens():
+        return torch.stack(list(model.generate(x, 20, temperature=0)), 1)
+
+    with torch.no_grad():
+        plain = model(x)
+        first = tokens()
+        assert model.packed is not None and model.model.layers[0].mlp.up_proj.packed is not None
+        torch.testing.assert_close(model(x), plain, rtol=2**-7, atol=2**-7 * plain.abs().max().item())
+        assert torch.equal(tokens(), first)
+        for p in model.parameters():
+            p.neg_()
+        changed = model(x)
+        fresh = Gemma(model.config).bfloat16().eval()
+        fresh.load_state_dict(model.state_dict())
+        assert torch.equal(changed, fresh(x)) and not torch.equal(changed, plain)
+    model.train()
+    assert model.packed is None and all(layer.mlp.up_proj.packed is None for layer in model.model.layers)
+
+
 def test_greedy_generation_equals_transformers(tmp_path):
     config = small()
     model = random_model(config)
