@@ -222,6 +222,9 @@ def test_all_processes_stop_at_the_same_step(monkeypatch):
     monkeypatch.setattr(processes, "all_reduce_sum", interrupted_sum)
     assert not signals.stop_requested() and signals.received == signal.SIGTERM
     assert signals.stop_requested() and signals.stop_signal == signal.SIGTERM
+    uninformed = processes.StopSignals("cpu")
+    monkeypatch.setattr(processes, "all_reduce_sum", lambda tensor, _device: tensor + signal.SIGINT)
+    assert uninformed.stop_requested() and uninformed.stop_signal == signal.SIGTERM
 
 
 def test_signal_handlers_are_restored():
