@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import shlex
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -31,17 +32,17 @@ from safetensors.torch import save_file
 
 from model import complete, read_json, weights_fingerprint
 from prepare import CORPORA, is_held_out
-from support.adapters import check_base, read_adapter_config, read_instruct, read_tensors
+from support.adapters import check_base, read_adapter_config, read_adapter_weights, read_instruct, read_tensors
 from support.conversations import encode_conversation, end_of_response, read_messages
 from support.devices import pick_dtype, runtime_errors
-from support.documents import read_rows
+from support.documents import ROWS, kind_of, print_left_out, read_rows, source_files
 from support.files import latest_intact_dir
 from support.hub import RECORDS_ON_THE_HUB, hub_directory, load_dataset_from_hub
 from support.log import finite, read_log
 from support.processes import apply_fsdp, get_rank, get_world_size, loading_device, set_up, shutdown_distributed
 from support.runs import new_state, open_model, read_state, resolve_init_from, write_checkpoint
 from support.settings import NO_LIMIT, UserError, check_range, run, user_errors
-from support.tokenizer import Tokenizer
+from support.tokenizer import Tokenizer, read_chat_template
 from train import TrainConfig, epoch_shuffled_indices, fit, warmup_steps
 
 
@@ -49,15 +50,15 @@ from train import TrainConfig, epoch_shuffled_indices, fit, warmup_steps
 class LoraConfig:
     """Settings of instruction tuning alone."""
 
-    data: str = "fables"  # fables, alpaca, dolly, a Hub id, or a .json, .jsonl or .parquet file of records
-    template: str = ""  # instruction format: alpaca, short or gemma; empty: the model's own, or alpaca
+    data: str = "fables"  # fables, alpaca, dolly, a Hub id, or a file or folder of records (docs/records.md)
+    template: str = ""  # instruction format: alpaca, short or gemma; empty: the model's own chat template, or alpaca
     rank: int = 8  # rank of the adapters; 0: train all weights instead
     alpha: float = 16.0  # adapter output is scaled by alpha / rank
     target_modules: str = "all-linear"  # linear layers that get an adapter, such as q_proj,v_proj
     lora_dropout: float = 0.0  # on the adapters' input
     epochs: float = 0.0  # passes over the records; 0: 3, or as many as make 100 steps
     max_records: int = 0  # use this many records; 0: all (fables: 12,000)
-    max_length: int = 512  # tokens of prompt and response; longer prompts lose their beginning
+    max_length: int = 512  # tokens of a conversation; a longer one loses its oldest turns, then the end of its input
     max_tokens_per_batch: int = 4096  # several records share a row
     batch_size: int = 0  # records per batch, about; 0: a hundredth of them, at least 4, if max_tokens_per_batch allows
     val_fraction: float = 0.05  # share of the records held out; more of few records, to have about 8
@@ -67,8 +68,7 @@ class LoraConfig:
     merge: bool = False  # at the end also save the best adapter merged into its model, to out_dir/merged
 
     def __post_init__(self):
-        if self.template and self.template not in TEMPLATES:
-            raise ValueError(f"template={self.template!r} must be one of {', '.join(TEMPLATES)}")
+        check_template(self.template)
         check_range(self, 2, NO_LIMIT, "max_length")
         check_range(self, self.max_length, NO_LIMIT, "max_tokens_per_batch")
         check_range(self, 1e-6, 1e6, "alpha")
@@ -121,18 +121,21 @@ class LoRALinear(nn.Module):
 def add_lora(model, rank=8, alpha=16, dropout=0.0, target_modules="all-linear"):
     """Wrap linear layers of the model in LoRALinear, in place, and freeze all other parameters.
 
-    target_modules: "all-linear" or names such as "q_proj,v_proj". Raises ValueError for a name that matches nothing."""
+    target_modules: "all-linear", or names that the layers' names end with, as "q_proj,mlp.up_proj" or a list of names.
+    Raises ValueError for a name that matches nothing."""
     if lora_layers(model):
         raise ValueError("the model has an adapter already: merge_lora(model) first")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    kinds = {name.rpartition(".")[2] for name in linears}
-    wrapped = kinds if target_modules == "all-linear" else {name.strip() for name in target_modules.split(",")}
-    if missing := sorted(wrapped - kinds):
-        raise ValueError(f"{', '.join(missing)}: no such linear layers; the model has {', '.join(sorted(kinds))}")
+    kinds = sorted({name.rpartition(".")[2] for name in linears})
+    targets = target_modules.split(",") if isinstance(target_modules, str) else target_modules
+    targets = kinds if target_modules == "all-linear" else [name.strip() for name in targets]
+    found = {target: [name for name in linears if f".{name}".endswith(f".{target}")] for target in targets}
+    if missing := sorted(target for target in targets if not found[target]):
+        raise ValueError(f"{', '.join(missing)}: no such linear layers; the model has {', '.join(kinds)}")
     model.requires_grad_(False)
-    for name, linear in linears.items():
-        if name.rpartition(".")[2] in wrapped:
-            model.set_submodule(name, LoRALinear(linear, rank, alpha, dropout).train(linear.training))
+    for name in sorted(set(itertools.chain(*found.values()))):
+        linear = linears[name]
+        model.set_submodule(name, LoRALinear(linear, rank, alpha, dropout).train(linear.training))
     return model
 
 
@@ -184,17 +187,33 @@ def open_records(cfg, seed):
         corpus = importlib.import_module(CORPORA[cfg.data])
         held_out = corpus.records(seed, cfg.num_checked, held_out=True)
         return list(corpus.records(seed, cfg.max_records or 12_000)), list(held_out)
-    if Path(cfg.data).exists():
-        records = read_rows(Path(cfg.data))
-    elif Path(cfg.data).suffix.lower() in (".json", ".jsonl", ".parquet"):
+    path = Path(cfg.data)
+    if path.exists():
+        files, left_out = source_files(path)
+        left_out |= {file: "texts, not records" for file in files if kind_of(file) not in ROWS}
+        print_left_out(path, left_out)
+        files = [file for file in files if file not in left_out]
+        rows = ((f"{file.name}, {place}", row) for file in files for place, row in read_rows(file))
+    elif kind_of(path):
         raise UserError(f"--data={cfg.data}: no such file")
     else:
         splits = load_dataset_from_hub(RECORDS_ON_THE_HUB.get(cfg.data, cfg.data), "data")
-        records = splits.get("train") or next(iter(splits.values()))
-    conversations, split = [], ([], [])
-    for i, record in enumerate(itertools.islice(records, cfg.max_records or None)):
-        with user_errors(f"--data={cfg.data}, record {i + 1}"):
-            conversations.append(read_messages(record))
+        rows = ((f"row {i}", row) for i, row in enumerate(splits.get("train") or next(iter(splits.values())), 1))
+    conversations, split, refused, notes = [], ([], []), [], Counter()
+    for place, row in itertools.islice(rows, cfg.max_records or None):
+        try:
+            if isinstance(row, Exception):
+                raise row
+            conversations.append(read_messages(row, notes))
+        except (UserError, ValueError) as e:
+            refused.append(f"{place}: {e}")
+    if refused or len(conversations) < 2:  # one of them is held out
+        count = f"{len(refused):,} of {len(refused) + len(conversations):,} records cannot be read"
+        reason = f"{count}, the first: {refused[0]}" if refused else "needs at least two records, to hold one out"
+        raise UserError(f"--data={cfg.data}: {reason}")
+    if notes := +notes:
+        counts = ", ".join(f"{what} ({count:,} times)" for what, count in notes.most_common())
+        print(f"{cfg.data}: not read: {counts}")
     fraction = max(cfg.val_fraction, min(0.5, 8 / max(1, len(conversations))))
     for messages in conversations:
         split[is_held_out(json.dumps(messages), fraction)].append(messages)
@@ -240,7 +259,7 @@ class InstructionTuning:
         self.lora_cfg, self.cfg, self.model, self.tokenizer = lora_cfg, cfg, model, tokenizer
         self.template, self.base_model, self.base_fingerprint = template, base_model, base_fingerprint
         self.end = end_of_response(tokenizer, template)
-        self.dropped = 0
+        self.cut, self.dropped = 0, 0
         self.train_set, _ = self.encode_all(records[0])
         self.val_set, self.val_records = self.encode_all(records[1])
         if not (self.train_set and self.val_set):
@@ -254,22 +273,39 @@ class InstructionTuning:
 
     def encode_all(self, conversations):
         """Return [(ids, labels), ...] of the conversations that can be used, and these conversations. Labels are the
-        ids of responses, and -100 elsewhere. A conversation that is too long loses its beginning; it is dropped if its
-        last response is empty or by itself too long."""
-        encoded, used, limit = [], [], self.lora_cfg.max_length
+        ids of responses, and -100 elsewhere."""
+        encoded, used = [], []
         for messages in conversations:
-            ids, is_response = encode_conversation(self.tokenizer, messages, self.template)
-            length = is_response[::-1].index(False)  # of the last response
-            if not 1 < length < limit:
+            if (shortened := self.shorten(messages)) is None:
                 self.dropped += 1
                 continue
-            cut = max(1, len(ids) - limit + 1)  # the first token stays
-            while cut > 1 and is_response[cut] and cut < len(ids) - length:  # do not train on half a response
-                cut += 1
+            self.cut += shortened is not messages
+            ids, is_response = encode_conversation(self.tokenizer, shortened, self.template)
             labels = [t if flag else -100 for t, flag in zip(ids, is_response, strict=True)]
-            encoded.append((torch.tensor(ids[:1] + ids[cut:]), torch.tensor(labels[:1] + labels[cut:])))
-            used.append(messages)
+            encoded.append((torch.tensor(ids), torch.tensor(labels)))
+            used.append(shortened)
         return encoded, used
+
+    def shorten(self, messages):
+        """Return a conversation cut to max_length tokens: it loses its oldest turns, then the end of its last input.
+        Return None if its instruction and response alone are too long, or if it has no response to learn."""
+        while True:
+            ids, is_response = encode_conversation(self.tokenizer, messages, self.template)
+            excess, (user, assistant) = len(ids) - self.lora_cfg.max_length, messages[-2:]
+            if not (any(is_response) and assistant["content"].strip()):
+                return None
+            if excess <= 0:
+                return messages
+            if len(messages) > 2:
+                systems = [m["system"] for m in (messages[0], messages[2]) if m.get("system")]
+                system = {"system": "\n\n".join(systems)} if systems else {}
+                messages = [messages[2] | system, *messages[3:]]
+                continue
+            text = user.get("input", "")
+            length = len(text) - max(1, round(excess * len(text) / max(1, len(self.tokenizer.encode(text)))))
+            if length < 1:
+                return None
+            messages = [user | {"input": text[:length]}, assistant]
 
     def batch_shape(self):
         """Return (rows per batch, tokens per row), the same for all batches, so that they share one compiled graph."""
@@ -310,17 +346,14 @@ class InstructionTuning:
     def answers(self, conversations, max_new_tokens, **sampling):
         """Return the model's own last response to each conversation. max_new_tokens: a list with a limit for each."""
         limit, stops = self.model.config.max_position_embeddings, [self.end, self.tokenizer.eot]
-        max_new_tokens = [min(n, limit // 2) for n in max_new_tokens]
         prompts = [encode_conversation(self.tokenizer, messages[:-1], self.template)[0] for messages in conversations]
+        limits = [min(n, limit - len(ids)) for n, ids in zip(max_new_tokens, prompts, strict=True)]
         answers = [""] * len(prompts)
         # a batch has either short or long answers, and prompts of similar length
-        order = np.lexsort(([len(ids) for ids in prompts], [n > 100 for n in max_new_tokens]))
+        order = np.lexsort(([len(ids) for ids in prompts], [n > 100 for n in limits]))
         for batch in (order[i : i + 128] for i in range(0, len(order), 128)):
-            limits = [max_new_tokens[i] for i in batch]
-            # a prompt that is too long loses its beginning
-            room = [limit - 1 - max(1, n) for n in limits]
-            cut_prompts = [prompts[i][:1] + prompts[i][1:][-n:] for i, n in zip(batch, room, strict=True)]
-            texts = complete(self.model, self.tokenizer, cut_prompts, limits, stop_ids=stops, **sampling)
+            asked, most = [prompts[i] for i in batch], [limits[i] for i in batch]
+            texts = complete(self.model, self.tokenizer, asked, most, stop_ids=stops, **sampling)
             for i, text in zip(batch, texts, strict=True):
                 answers[i] = text.strip()
         return answers
@@ -352,7 +385,9 @@ def main(lora_cfg, cfg):
     records = open_records(lora_cfg, cfg.seed)
     model, base, state = start_model(lora_cfg, cfg, records[0], device)
     tokenizer = Tokenizer.load(base)
-    template = TEMPLATES.get(lora_cfg.template) or template_of(base, tokenizer) or TEMPLATES["alpaca"]
+    tokenizer.check_rows(model.config.vocab_size)
+    template, why = choose_template(lora_cfg.template, [base], tokenizer)
+    print(f"instruction format: {why}")
     tokenizer.config["chat_template"] = template
     base_fingerprint = weights_fingerprint(base) if lora_cfg.rank else None
     task = InstructionTuning(lora_cfg, cfg, model, tokenizer, template, records, state.base_model, base_fingerprint)
@@ -428,8 +463,9 @@ def print_plan(task):
     per_step = cfg.gradient_accumulation_steps * task.rows_per_batch / len(task.train_rows)  # share of an epoch
     tokens = sum(lengths_of(task.train_set)) * per_step
     padding = 1 - tokens / cfg.gradient_accumulation_steps / task.rows_per_batch / task.row_length
-    print(f"data: {len(task.train_set):,} records to train on, {len(task.val_set):,} held out, {task.dropped:,} "
-          f"dropped; in {len(task.train_rows):,} rows of {task.row_length}, {padding:.1%} of them padding")  # fmt: skip
+    print(f"data: {len(task.train_set):,} records to train on, {len(task.val_set):,} held out; {task.cut:,} cut to "
+          f"max_length={task.lora_cfg.max_length}, {task.dropped:,} dropped (too long, or no response); in "
+          f"{len(task.train_rows):,} rows of {task.row_length}, {padding:.1%} of them padding")  # fmt: skip
     print(f"training {trainable:,} of {total:,} parameters: {cfg.max_iters:,} steps of {tokens:,.0f} tokens, "
           f"{cfg.max_iters * per_step:.1f} epochs; learning rate {cfg.learning_rate:.2g}, "
           f"{warmup_steps(cfg):,.0f} steps of warmup")  # fmt: skip
@@ -510,11 +546,13 @@ def save_adapter(model, path, base_model="", weights=None):
     layers, path, weights = lora_layers(model), Path(path), weights or model.state_dict()
     if not layers:
         raise ValueError("the model has no adapter: call add_lora(model) first")
-    layer = layers[0][1]
+    layer, names = layers[0][1], [name for name, _ in layers]
+    kinds = {name.rpartition(".")[2] for name in names}
+    left = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_model), "r": layer.rank,
         "lora_alpha": layer.alpha, "lora_dropout": layer.dropout.p, "bias": "none", "fan_in_fan_out": False,
-        "target_modules": sorted({name.rpartition(".")[2] for name, _ in layers}), "inference_mode": True,
+        "target_modules": names if kinds & left else sorted(kinds), "inference_mode": True,
     }  # fmt: skip
     path.mkdir(parents=True, exist_ok=True)
     (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -529,15 +567,16 @@ def adapter_names(model):
 
 
 def load_adapter(model, path, dropout=None):
-    """Put a PEFT adapter into a plain model, in place. Raises ValueError if it does not fit or is not plain LoRA."""
-    config, weights = read_adapter_config(Path(path)), read_tensors(Path(path) / "adapter_model.safetensors")
-    rank, alpha, target_modules = config["r"], config["lora_alpha"], config["target_modules"]
+    """Put a PEFT adapter into a plain model, in place: into the layers that its weights name. Raises ValueError if it
+    does not fit or is not plain LoRA."""
+    config, weights = read_adapter_config(Path(path)), read_adapter_weights(Path(path))
+    rank, alpha = config["r"], config["lora_alpha"]
     if {tuple(w.shape[:1]) for name, w in weights.items() if "lora_A" in name} != {(rank,)}:
         raise ValueError(f"adapter_model.safetensors: lora_A is not of rank {rank} throughout")
-    target_modules = target_modules if isinstance(target_modules, str) else ",".join(target_modules)
     dropout = config["lora_dropout"] if dropout is None else dropout
-    add_lora(model, rank, alpha * rank**0.5 if config["use_rslora"] else alpha, dropout, target_modules)
-    ours = {key: model.get_parameter(name).data for key, name in adapter_names(model).items()}
+    targets = sorted({name.rpartition(".lora_")[0] for name in weights})
+    add_lora(model, rank, alpha * rank**0.5 if config["use_rslora"] else alpha, dropout, targets)
+    ours = {name: model.get_parameter(name).data for name in adapter_names(model).values()}
     shapes = [{(name, tuple(w.shape)) for name, w in tensors.items()} for tensors in (weights, ours)]
     if mismatched := sorted(shapes[0] ^ shapes[1]):
         name, shape = mismatched[0]
@@ -573,15 +612,31 @@ def template_of(path, tokenizer):
     """Return the chat template that the model or adapter in a directory was tuned with; None for a plain model."""
     if template := read_instruct(path).get("template"):
         return TEMPLATES.get(str(template), str(template))
+    if template := read_chat_template(path):
+        return template
     file = Path(path) / "generation_config.json"
     with user_errors(f"{file} is damaged"):
         stops = read_json(file).get("eos_token_id") if file.exists() else None
-    template = tokenizer.config.get("chat_template")
-    template = template if isinstance(template, str) else TEMPLATES["gemma"]
-    end = end_of_response(tokenizer, template)
-    # a published chat model stops at the end of a turn
-    is_chat = end != tokenizer.eot or tokenizer.eot_token == "<end_of_turn>"
-    return template if is_chat and end in (stops if isinstance(stops, list) else [stops]) else None
+    end = tokenizer.ids_of_markers.get("<end_of_turn>")  # Google's chat models stop at the end of a turn
+    is_chat = end is not None and (end == tokenizer.eot or end in (stops if isinstance(stops, list) else [stops]))
+    return TEMPLATES["gemma"] if is_chat else None
+
+
+def choose_template(name, paths, tokenizer):
+    """Return a chat template, and its name and where it is from: the one that --template names, or of the first of
+    some directories that has one, or alpaca."""
+    if name:
+        return TEMPLATES[name], f"{name} (--template)"
+    for path in paths:
+        if template := template_of(path, tokenizer):
+            known = [name for name, text in TEMPLATES.items() if text == template]
+            return template, f"{known[0] if known else 'the chat template'} of {path}"
+    return TEMPLATES["alpaca"], f"alpaca, because {' and '.join(map(str, paths))} has no chat template"
+
+
+def check_template(name):
+    if name and name not in TEMPLATES:
+        raise ValueError(f"template={name!r} must be one of {', '.join(TEMPLATES)}")
 
 
 if __name__ == "__main__":

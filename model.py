@@ -663,8 +663,11 @@ def config_from_dict(d):
         require(good, f"{key}={d.get(key)!r} is not supported: Gemma 3 has {value!r}")
     rope = dict_at(d, "rope_parameters")
     full, sliding = dict_at(d, "rope_scaling") | dict_at(rope, FULL), dict_at(rope, SLIDING)
-    rope_type = full.get("rope_type", full.get("type", "default"))
+    rope_type, local_type = (d.get("rope_type", "default") for d in (full, sliding))
+    # transformers 5 ignores the old name, so such a file means two things
+    require("rope_type" in full or "type" not in full, "rope_scaling: rename 'type' to 'rope_type'")
     require(rope_type in ("default", "linear"), f"rope_type {rope_type!r}: Gemma 3 has 'default' and 'linear' only")
+    require(local_type == "default", f"rope_type {local_type!r} in sliding layers: Gemma 3 has 'default' only")
     renamed = {
         "sliding_window_pattern": d.get("_sliding_window_pattern"),
         "rope_theta": full.get("rope_theta"),
@@ -728,6 +731,10 @@ def find_tensors(path, expected):
             if "vision_tower." not in name and "multi_modal_projector." not in name:
                 ours = name.replace("language_model.", "", 1)  # the prefix of the text part in multimodal checkpoints
                 found[ours], shapes[ours] = (file, name), shape
+    if (head := "lm_head.weight") in found.keys() - expected.keys():  # some programs save the tied matrix twice
+        tied = [read_tensor(*found[name], "cpu") for name in (head, "model.embed_tokens.weight") if name in found]
+        require(len(tied) == 2 and torch.equal(*tied), f"{head} is not the embedding, and Gemma 3 ties the two")
+        del found[head], shapes[head]
     for name in expected | shapes:
         stored_shape, expected_shape = (d.get(name, "no such tensor") for d in (shapes, expected))
         good = stored_shape == expected_shape

@@ -3,7 +3,7 @@ Text to tokens on disk: data/<name>/ with train.bin, val.bin, tokenizer.json and
 
     python prepare.py                                             # TinyStories from the Hub, GPT-2's vocabulary
     python prepare.py --dataset=fables                            # the bundled corpus, no network
-    python prepare.py --dataset=stories.txt --tokenizer=bpe:4096  # a file or folder: .txt .jsonl .json .parquet
+    python prepare.py --dataset=stories.txt --tokenizer=bpe:4096  # a file or folder of .txt .jsonl .csv .parquet ...
 
 If interrupted, run it again: it continues after the text that is already tokenized.
 
@@ -22,7 +22,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -31,8 +31,8 @@ import tiktoken
 from tqdm import tqdm
 
 from support.datasets import fingerprint, output_directory
-from support.documents import SUFFIXES, column, names_split, read_files, source_files
-from support.files import atomic_replace_dir, fsync
+from support.documents import ROWS, TEXTS, column, kind_of, names_split, print_left_out, read_files, source_files
+from support.files import atomic_replace_dir, fsync, lock_folder
 from support.hub import TEXTS_ON_THE_HUB, hub_directory, load_dataset_from_hub
 from support.settings import NO_LIMIT, UserError, check_range, run, user_errors
 from support.tokenizer import Tokenizer, spec_of_tiktoken, train_bpe
@@ -42,12 +42,13 @@ from support.tokenizer import Tokenizer, spec_of_tiktoken, train_bpe
 class PrepareConfig:
     """Settings of prepare.py."""
 
-    dataset: str = "tinystories"  # tinystories, fables, a Hub id, or a file or folder of .txt .jsonl .json .parquet
+    dataset: str = "tinystories"  # tinystories, fables, a Hub id, or a file or folder of texts (docs/records.md)
     tokenizer: str = ""  # gpt2 or another tiktoken name, bpe:SIZE to train one, or a tokenizer.json
     name: str = ""  # write to data/<name>; by default named after the dataset
     subset: str = ""  # configuration of a Hub dataset, such as sample-10BT
     streaming: bool = False  # read a Hub dataset without storing it, if it is too large for the disk
-    text_column: str = "text"  # column of the text in .jsonl, .json, .parquet and Hub datasets
+    text_column: str = "text"  # column of the text in .jsonl, .csv, .parquet, ... and Hub datasets
+    max_bad_rows: float = 0.1  # share of a file's rows that may be left out because they hold no text
     separator: str = "<|endoftext|>"  # between the documents of a .txt file; \n in it is a line's end
     val_fraction: float | None = None  # share held out if there is no validation split; 0.01, of one plain text 0.1
     max_documents: int = 0  # stop after this many documents; 0: all (fables: 40,000)
@@ -55,6 +56,7 @@ class PrepareConfig:
 
     def __post_init__(self):
         check_range(self, 0, 0.999, "val_fraction")
+        check_range(self, 0, 1, "max_bad_rows")
         check_range(self, 0, NO_LIMIT, "max_documents")
         self.separator = self.separator.replace(r"\n", "\n").replace(r"\t", "\t")
         if not self.separator or not self.dataset:
@@ -64,6 +66,7 @@ class PrepareConfig:
 def main(cfg):
     corpus = open_corpus(cfg)
     out = output_directory(cfg.dataset, cfg.name, corpus.source)
+    lock = lock_folder(out)
     part = out.with_name(out.name + ".part")  # no script reads this name, so no script reads half a dataset
     tokenizer = start_or_resume(part, cfg, corpus)
     shards = tokenize(corpus, tokenizer, part)
@@ -72,13 +75,15 @@ def main(cfg):
         "dtype": tokenizer.dtype.name, **{split: join_shards(shards, split, tokenizer) for split in ("train", "val")},
     }  # fmt: skip
     bits = math.fsum(np.load(shard)["bits"] for shard in shards)
+    example = next((text for shard in shards if (text := str(np.load(shard)["example"]))), "")
     meta["floor_bits_per_byte"] = bits / meta["val"]["bytes"] if corpus.bits else None
     meta["fingerprint"] = fingerprint(part, tokenizer)
     (part / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     for file in (*part.glob("shard-*"), part / "task.json"):
         file.unlink()
     atomic_replace_dir(part, out)
-    report(out, meta)
+    lock.release()
+    report(out, meta, corpus, example)
 
 
 @dataclass
@@ -91,6 +96,7 @@ class Corpus:
     bits: Callable | None = None  # text -> -log2 of its probability, if the corpus knows it
     max_documents: int | None = None  # of each split
     val_fraction: float = 0.0  # share of the training documents to hold out
+    notes: dict = field(default_factory=dict)  # {file: counts of rows that were left out}, from column()
 
     def documents(self):
         """Yield the documents in order, as (split, text)."""
@@ -101,7 +107,7 @@ class Corpus:
 
 def start_or_resume(part, cfg, corpus):
     """Return the tokenizer in the folder `part`. Make it, unless the same preparation was interrupted there."""
-    files = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in source_files(Path(cfg.dataset))]
+    files = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in source_files(Path(cfg.dataset))[0]]
     task = json.dumps(asdict(cfg) | {"source": corpus.source, "files": files, "shard": SHARD_CHARS})
     shards = list(part.glob("shard-*.npz"))
     if shards and (part / "task.json").read_text() == task:
@@ -152,11 +158,20 @@ def batches(documents):
 def encode_shard(path, documents, tokenizer, bits):
     """Write the tokens of [(split, text), ...], and the bits of the validation texts, to a file, which appears when it
     is complete. tiktoken releases the GIL, so threads are enough."""
-    arrays = {}
+    arrays = {"example": ""}
     for name in ("train", "val"):
         texts = [text for split, text in documents if split == name]
-        arrays[name] = tokenizer.encode_documents(texts).astype(tokenizer.dtype)
-        arrays[f"{name}_bytes"] = sum(len(text.encode()) for text in texts)
+        arrays[name] = tokens = tokenizer.encode_documents(texts).astype(tokenizer.dtype)
+        decoded = texts
+        if not tokenizer.bpe:  # it may lose characters, and then bits per byte count the bytes that are left
+            decoded = [tokenizer.decode(ids) for ids in np.split(tokens, np.flatnonzero(tokens == tokenizer.eot))[:-1]]
+        changed = [(text, read) for text, read in zip(texts, decoded, strict=True) if text != read]
+        arrays[f"{name}_changed"] = len(changed)
+        arrays[f"{name}_bytes"] = sum(len(text.encode()) for text in decoded)
+        for text, read in changed[:1]:
+            same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, read, strict=False))
+            at = max(0, len(list(same)) - 10)
+            arrays["example"] = f"{text[at : at + 30]!r} becomes {read[at : at + 30]!r}"
     arrays["bits"] = math.fsum(bits(text) for split, text in documents if split == "val") if bits else 0.0
     new = path.with_suffix(".new")
     with open(new, "wb") as f:
@@ -167,19 +182,21 @@ def encode_shard(path, documents, tokenizer, bits):
 
 def join_shards(shards, split, tokenizer):
     """Write the split's .bin from the shards. Return its counts."""
-    counts = {"tokens": 0, "documents": 0, "bytes": 0}
+    counts = {"tokens": 0, "documents": 0, "bytes": 0, "changed": 0}
     with open(shards[0].with_name(f"{split}.bin"), "wb") as f:
         for shard in shards:
             with np.load(shard) as arrays:
                 tokens = arrays[split]
                 counts["bytes"] += int(arrays[f"{split}_bytes"])
+                counts["changed"] += int(arrays[f"{split}_changed"])
             f.write(tokens.tobytes())
             counts["tokens"] += len(tokens)
             counts["documents"] += int((tokens == tokenizer.eot).sum())
     return counts
 
 
-def report(out, meta):
+def report(out, meta, corpus, example):
+    """Print what was written and what was left out or changed. example: a text that the tokenizer changes."""
     print(f"\n{out}: {meta['tokenizer']} with {meta['vocab_size']:,} tokens, stored as {meta['dtype']}")
     for name in ("train", "val"):
         c = meta[name]
@@ -187,6 +204,15 @@ def report(out, meta):
               f"{c['bytes'] / c['tokens']:.3f} bytes a token")  # fmt: skip
     if meta["floor_bits_per_byte"] is not None:
         print(f"entropy floor of the validation split: {meta['floor_bits_per_byte']:.4f} bits per byte")
+    for source, note in corpus.notes.items():
+        if note["unreadable"]:
+            print(f"{source}: left out {note['unreadable']:,} of {note['rows']:,} rows, the first: {note['first']}")
+        elif not note["rows"]:
+            print(f"{source}: no rows in it")
+    totals = {key: sum(note[key] for note in corpus.notes.values()) for key in ("unreadable", "empty", "repaired")}
+    print(f"rows left out: {totals['unreadable']:,} without a text, {totals['empty']:,} empty; texts changed: "
+          f"{totals['repaired']:,} with half a character, {meta['train']['changed'] + meta['val']['changed']:,} by the "
+          f"tokenizer{f', such as {example}' if example else ''}")  # fmt: skip
     recipe, name = Path(__file__).parent / "config" / f"train_{out.name}.py", shlex.quote(out.name)
     other = f"train_tinystories_cpu.py --dataset={name} --out_dir=out/{name}"
     print(f"next: python train.py config/{recipe.name if recipe.exists() else other}")
@@ -222,15 +248,15 @@ CORPORA = {"fables": "data.fable_grammar"}
 
 def open_corpus(cfg):
     """Return the documents of --dataset. If they have no validation split, hold one out."""
-    path, hub_name = Path(cfg.dataset), TEXTS_ON_THE_HUB.get(cfg.dataset, cfg.dataset)
+    path, hub_name, notes = Path(cfg.dataset), TEXTS_ON_THE_HUB.get(cfg.dataset, cfg.dataset), {}
     if cfg.dataset in CORPORA:
         module = importlib.import_module(CORPORA[cfg.dataset])
         texts = partial(module.documents, cfg.seed, cfg.max_documents)
         corpus = Corpus(cfg.dataset, {"train": texts}, module.TOKENIZER, module.bits)
     elif os.path.exists(path):
-        corpus = Corpus(str(path.resolve()), open_files(path, cfg))
-    elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", hub_name) and path.suffix not in SUFFIXES:
-        corpus = Corpus(f"{hub_name} {cfg.subset}".strip(), open_hub(hub_name, cfg))
+        corpus = Corpus(str(path.resolve()), open_files(path, cfg, notes), notes=notes)
+    elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", hub_name) and not kind_of(path):
+        corpus = Corpus(f"{hub_name} {cfg.subset}".strip(), open_hub(hub_name, cfg, notes), notes=notes)
     else:
         raise UserError(f"--dataset={cfg.dataset!r}: no such file or folder, and not the name of a dataset")
     corpus.max_documents = cfg.max_documents or None
@@ -294,27 +320,34 @@ def split_text(text, cfg):
     return {"train": pieces[:first].__iter__, "val": pieces[first:].__iter__}
 
 
-def open_files(path, cfg):
-    """Return the splits of a file, or of a folder with files of any split."""
-    files = source_files(path)
-    if not files:
-        raise UserError(f"{path}: no {', '.join(SUFFIXES)} file here")
+def open_files(path, cfg, notes):
+    """Return the splits of a file, or of a folder with files of any split. Print which files are left out."""
+    files, left_out = source_files(path)
     held_out = [f for f in files if names_split("val|valid|validation|dev", f, path)]
-    if held_out and (tests := [f for f in files if names_split("test", f, path)]):
-        print(f"{path}: left out, because they are test splits: {', '.join(f.name for f in tests)}")
-        files = [f for f in files if f not in tests]
+    if held_out:
+        left_out |= {f: "a test split" for f in files if names_split("test", f, path)}
+        files = [f for f in files if f not in left_out]
+    print_left_out(path, left_out)
+    if not files:
+        raise UserError(f"{path}: no {', '.join(TEXTS + ROWS)} file here, plain or .gz, .bz2, .zst")
     splits = {"train": files}
     if held_out and len(held_out) < len(files):
         splits = {"train": [f for f in files if f not in held_out], "val": held_out}
-    return {name: partial(read_files, fs, cfg.separator, cfg.text_column) for name, fs in splits.items()}
+    how = cfg.separator, cfg.text_column, cfg.max_bad_rows, notes
+    return {name: partial(read_files, fs, *how) for name, fs in splits.items()}
 
 
-def open_hub(name, cfg):
+def open_hub(name, cfg, notes):
     """Return the splits of a dataset on the Hub."""
     splits = load_dataset_from_hub(name, "dataset", cfg.subset, cfg.streaming)
     train = "train" if "train" in splits else next(iter(splits))
     found = {"train": train} | ({"val": "validation"} if "validation" in splits and train != "validation" else {})
-    return {k: partial(column, splits[split], cfg.text_column, name) for k, split in found.items()}
+
+    def texts(split):
+        numbered = ((f"row {i}", row) for i, row in enumerate(splits[split], 1))
+        return column(numbered, cfg.text_column, f"{name}, {split}", cfg.max_bad_rows, notes)
+
+    return {name: partial(texts, split) for name, split in found.items()}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora import TEMPLATES, load_adapter, merge_lora, template_of
+from lora import check_template, choose_template, load_adapter, merge_lora, template_of
 from model import read_json
 from support.adapters import check_base
 from support.conversations import encode_conversation, end_of_response
@@ -39,6 +39,7 @@ class SampleConfig:
     adapter: str = ""  # a LoRA adapter to put on the model, which is by default the one it was trained on
     instruct: str = ""  # an instruction to answer, in the format of the tuning
     input: str = ""  # the text the instruction is about
+    template: str = ""  # instruction format: alpaca, short or gemma; empty: the model's own chat template, or alpaca
     compare: bool = False  # answer the instruction without the adapter first
     num_samples: int = 1  # texts from the same beginning, generated as one batch
     max_new_tokens: int = 300  # longest text; end-of-text may end it earlier
@@ -55,6 +56,9 @@ class SampleConfig:
 
     def __post_init__(self):
         check_range(self, 1, NO_LIMIT, "num_samples")
+        check_template(self.template)
+        if self.temperature:
+            check_range(self, 1e-6, 1e6, "temperature")  # beyond it, logits overflow
         check_range(self, 1e-6, 1, "top_p")
         if self.gguf_type not in ("f32", "bf16", "f16", "q8_0"):
             raise ValueError(f"gguf_type={self.gguf_type!r} must be f32, bf16, f16 or q8_0")
@@ -73,11 +77,15 @@ def main(cfg):
     adapter = hub_directory(cfg.adapter) if cfg.adapter else None
     path = find_checkpoint(cfg, adapter)
     model = open_model(path, device, dtype).eval()
-    tokenizer = Tokenizer.load(path)
-    template = (adapter and template_of(adapter, tokenizer)) or template_of(path, tokenizer)
+    # as transformers users do: the adapter's tokenizer, if it has one
+    tokenizer = Tokenizer.load(adapter if adapter and (adapter / "tokenizer.json").exists() else path)
+    tokenizer.check_rows(model.config.vocab_size)
+    template, why = choose_template(cfg.template, [adapter, path] if adapter else [path], tokenizer)
+    is_chat = bool(adapter or cfg.template or template_of(path, tokenizer))
     writer = Writer(cfg, model, tokenizer, template)
     messages = [{"role": "user", "content": cfg.instruct, "input": cfg.input}]
-    print(f"[{path}{f' with {adapter}' if adapter else ''}]\n")
+    print(f"[{path}{f' with {adapter}' if adapter else ''}]")
+    print(f"[instruction format: {why}]\n" if cfg.instruct or (cfg.interactive and is_chat) else "")
     if cfg.compare:
         print("base:\n")
         writer.answer(messages)
@@ -87,12 +95,12 @@ def main(cfg):
         with user_errors(f"--adapter={cfg.adapter}"):
             load_adapter(model, adapter).to(dtype).eval()
     if cfg.export_gguf:
-        tokenizer.config |= {"chat_template": template} if template else {}  # the adapter's own, if it has one
+        tokenizer.config |= {"chat_template": template} if is_chat else {}
         return export_gguf(merge_lora(model), tokenizer, cfg.export_gguf, cfg.gguf_type)
     if cfg.compile and can_compile(device):
         model.compile_step()
     if cfg.interactive:
-        writer.converse(is_chat=bool(adapter or template))
+        writer.converse(is_chat)
     elif cfg.instruct:
         writer.answer(messages)
     else:
@@ -128,25 +136,24 @@ def read_start(text):
     if not text.startswith("FILE:"):
         return text
     with user_errors(f"--start={text}"):
-        return Path(text[5:]).read_text(encoding="utf-8-sig")
+        return Path(text[5:]).expanduser().read_text(encoding="utf-8-sig")
 
 
 class Writer:
-    """A model that writes to the terminal. template: its chat template, or None for a plain model."""
+    """A model that writes to the terminal. template: the text of a chat template."""
 
     def __init__(self, cfg, model, tokenizer, template):
         self.cfg, self.model, self.tokenizer, self.template = cfg, model, tokenizer, template
         stops = model.config.eos_token_id
-        self.stops = [tokenizer.eot, *(stops if isinstance(stops, list) else [])]
+        self.stops = [tokenizer.eot, *(stops if isinstance(stops, list) else [stops] if stops is not None else [])]
 
     def continue_text(self, text):
         return self.write(text, [self.tokenizer.bos, *self.tokenizer.encode(text).tolist()], self.stops)
 
     def answer(self, messages):
         """Print the response to a conversation and return it."""
-        template = self.template or TEMPLATES["alpaca"]
-        ids, _ = encode_conversation(self.tokenizer, messages, template)
-        return self.write("", ids, [*self.stops, end_of_response(self.tokenizer, template)])
+        ids, _ = encode_conversation(self.tokenizer, messages, self.template)
+        return self.write("", ids, [*self.stops, end_of_response(self.tokenizer, self.template)])
 
     def write(self, text, ids, stops):
         """Print `text` and the continuation of the prompt `ids`: a single sample token by token. Return the first."""

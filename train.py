@@ -130,7 +130,7 @@ def fit(task, cfg, state, device):
     forward = wrap_ddp(model, cfg.fsdp)
     folder = RunFolder(cfg.out_dir, cfg.init_from)
     log = RunLog(folder, model, state, device, dtype, cfg.max_iters, task.floor, cfg.wandb)
-    with log, StopSignals(device) as signals:
+    with folder, log, StopSignals(device) as signals:
         model.train()
         micro_batches = task.micro_batches(state.step)
         while not signals.stop_requested():
@@ -572,10 +572,11 @@ def start_model(data_cfg, cfg, arch, dataset, device):
         if cfg.init_from == "resume":
             state = read_state(checkpoint, fingerprint, settings, fixed=("optimizer",), fsdp=cfg.fsdp)
     config = model.config
-    if meta["vocab_size"] > config.vocab_size:
-        raise UserError(f"the tokenizer's {meta['vocab_size']} entries do not fit into vocab_size={config.vocab_size}")
+    tokenizer.check_rows(config.vocab_size)
     if data_cfg.block_size > (limit := config.max_position_embeddings):
         raise UserError(f"block_size={data_cfg.block_size} exceeds max_position_embeddings={limit}: lower it")
+    if (length := 1 + len(tokenizer.encode(data_cfg.sample_prompt))) >= limit:
+        raise UserError(f"sample_prompt has {length} tokens, more than max_position_embeddings={limit}: shorten it")
     if cfg.fsdp:
         apply_fsdp(model, device)
     return model, state

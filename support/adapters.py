@@ -6,13 +6,15 @@ from model import read_json, read_tensor, tensor_shapes, weights_fingerprint
 from support.settings import UserError, user_errors
 
 # the fields of PEFT's LoraConfig that load_adapter() understands, and their types
-ADAPTER_FIELDS = {"r": (int,), "lora_alpha": (int, float), "lora_dropout": (int, float), "use_rslora": (bool,),
-                  "target_modules": (str, list)}  # fmt: skip
-# fields that do not change what the adapter computes
+ADAPTER_FIELDS = {"r": (int,), "lora_alpha": (int, float), "lora_dropout": (int, float), "use_rslora": (bool,)}
+# fields that do not change what the adapter computes; which layers it changes is told by its weights' names
 OTHER_FIELDS = {"peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
-                "inference_mode", "megatron_core", "qalora_group_size", "corda_config", "lora_ga_config"}  # fmt: skip
+                "inference_mode", "megatron_core", "qalora_group_size", "corda_config", "lora_ga_config",
+                "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+                "rank_pattern"}  # fmt: skip
 # values that do not change it either; other initializations, such as PiSSA's, also change the base model
 PLAIN = {"bias": ["none"], "init_lora_weights": [True, "gaussian", "orthogonal", "mica"]}
+MERGE = "merge it with PEFT's merge_and_unload() and use the merged model"
 
 
 def read_adapter_config(path):
@@ -23,14 +25,32 @@ def read_adapter_config(path):
     for key, kinds in ADAPTER_FIELDS.items():
         if type(config.get(key)) not in kinds:
             raise ValueError(f"adapter_config.json: {key}={config.get(key)!r} is not of type {kinds[-1].__name__}")
-    if not all(isinstance(target, str) for target in config["target_modules"]):
-        raise ValueError("adapter_config.json: target_modules are not names")
+    if config.get("alpha_pattern") and set(config["alpha_pattern"].values()) == {config["lora_alpha"]}:
+        del config["alpha_pattern"]  # it says the same
     for key in config.keys() - ADAPTER_FIELDS.keys() - OTHER_FIELDS:
         if config[key] and config[key] not in PLAIN.get(key, []):
+            fix = "merge it with PEFT's merge_and_unload() and use the merged model"
             raise ValueError(
-                f"adapter_config.json: {key}={config[key]!r} is not plain LoRA, and nothing else can be read"
+                f"adapter_config.json: {key}={config[key]!r} is not plain LoRA, which alone is read; {fix}"
             )
     return config
+
+
+def read_adapter_weights(path):
+    """Return {our name: tensor} of an adapter. Weights that act on images alone are left out, and counted."""
+    weights, images = {}, 0
+    for name, weight in read_tensors(path / "adapter_model.safetensors").items():
+        if "vision_tower." in name or "multi_modal_projector." in name:
+            images += 1
+        elif not name.endswith((".lora_A.weight", ".lora_B.weight")):
+            raise ValueError(f"adapter_model.safetensors: {name} belongs to no LoRA of a linear layer; {MERGE}")
+        else:  # the text part of a multimodal model has a prefix
+            weights[name.removeprefix("base_model.model.").replace("language_model.", "", 1)] = weight
+    if images:
+        print(f"{path}: left out {images} weights of the image encoder: only the text part is read")
+    if not weights:
+        raise ValueError("adapter_model.safetensors has no weights of the text part")
+    return weights
 
 
 def read_tensors(file):

@@ -1,43 +1,149 @@
 """Records of any usual shape to conversations, and conversations to tokens through a chat template.
 
 A conversation is a list of messages: dicts with "role" ("user" or "assistant") and "content". A user's message may have
-an "input", the text that its content is about."""
+an "input", the text that its content is about, and a "system" message before it. An assistant's message with "learn":
+False is context only. docs/records.md lists what is read and what is refused."""
 
 import functools
+import itertools
+import json
 import re
+from collections import Counter
+from datetime import datetime
 
+import jinja2
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from support.settings import UserError, user_errors
 
-# names of a record's instruction, input and response
-SHAPES = [("instruction", "input", "output"), ("instruction", "context", "response"), ("prompt", "input", "completion")]
+# our name for a column: the names that records give it
+COLUMNS = {
+    "messages": ("messages", "conversations", "conversation"), "instruction": ("instruction", "prompt", "question"),
+    "input": ("input", "context"), "response": ("output", "response", "completion", "answer"),
+    "system": ("system", "system_prompt"), "history": ("history",),
+}  # fmt: skip
+FIELDS = {"role": ("role", "from"), "content": ("content", "value"), "weight": ("weight",), "train": ("train",)}
+ROLES = {
+    "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
+    "bot": "assistant", "system": "system", "developer": "system",
+}  # fmt: skip
+# columns of a record and fields of a message that change what should be learned: refused unless empty
+REFUSED = {
+    "chosen", "rejected", "label", "labels", "completions", "kto_tag", "tools", "functions", "tool_calls",
+    "tool_call_id", "function_call", "reasoning_content", "thinking", "image", "images", "audio", "audios", "video",
+    "videos",
+}  # fmt: skip
 
 
-def read_messages(record):
-    """Return the conversation in a record. A system message joins the user's message after it."""
-    messages, asked = [], []  # asked: the texts since the last response
-    for message in record.get("messages") or record.get("conversations") or []:
-        text = message.get("content", message.get("value")) or ""
-        if not isinstance(text, str):
-            raise UserError(f"the content of a message is {type(text).__name__}, not text")
-        if message.get("role", message.get("from")) in ("assistant", "gpt", "model"):
-            messages += exchange("\n\n".join(asked), "", text)
-            asked = []
-        else:
-            asked.append(text.strip())
-    if messages or asked:
-        return messages or exchange("\n\n".join(asked), "", "")  # without a response, add an empty one
-    for keys in SHAPES:
-        if keys[0] in record and keys[2] in record:
-            return exchange(*("" if record.get(key) is None else str(record[key]) for key in keys))
-    known = ", ".join(map("/".join, SHAPES))
-    raise UserError(f"it has {', '.join(record)}; known are {known} and messages")
+def read_messages(record, notes=None):
+    """Return the conversation in a record. Raises UserError for a record that would not be understood.
+
+    notes: a Counter of what was not read, by a short description."""
+    notes = Counter() if notes is None else notes
+    found = read_fields(record, COLUMNS, notes, "column")
+    if found["messages"] is not None:
+        notes.update(f"column {key!r}" for key in ("instruction", "input", "response", "history") if found[key])
+        return read_turns(found["messages"], found["system"], notes)
+    instruction, response = found["instruction"], found["response"]
+    if instruction is None and response is None:
+        known = ", ".join("/".join(names) for names in COLUMNS.values())
+        raise UserError(f"it has {', '.join(record)}; known are {known}. For texts use prepare.py and train.py")
+    if isinstance(instruction, list) or isinstance(response, list):  # as in TRL, where only the completion is learned
+        asked = instruction if isinstance(instruction, list) else [{"role": "user", "content": instruction}]
+        answers = response if isinstance(response, list) else [{"role": "assistant", "content": response}]
+        context = [message | {"weight": 0} for message in asked if isinstance(message, dict)]
+        if len(context) < len(asked) or not all(isinstance(message, dict) for message in answers):
+            raise UserError("a list that is no list of messages, such as several answers: make a record of each")
+        return read_turns([*context, *answers], found["system"], notes)
+    texts = [as_text(found[key], key, notes) for key in ("instruction", "input", "response", "system")]
+    history = found["history"] or []
+    if not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in history):
+        raise UserError("history is not a list of pairs, [question, answer]")
+    pairs = [[as_text(text, "history", notes) for text in turn] for turn in history]
+    turns = [exchange(question, "", answer) for question, answer in pairs]
+    return with_system([*itertools.chain(*turns), *exchange(*texts[:3])], texts[3:])
+
+
+def read_fields(record, names, notes, kind):
+    """Return {our name: value} of a dict, None where there is none. Two values under two names are refused."""
+    if not isinstance(record, dict):
+        raise UserError(f"it is {type(record).__name__}, not an object")
+    # pandas writes NaN, which equals nothing, for an empty cell
+    given = {key: value for key, value in record.items() if value not in (None, "", [], {}) and value == value}
+    if refused := sorted(key for key in given.keys() & REFUSED if key != "label" or isinstance(given[key], bool)):
+        raise UserError(f"its {kind} {refused[0]!r} is not supported, and leaving it out would change what is learned")
+    found = {}
+    for key, spellings in names.items():
+        values = {name: given[name] for name in spellings if name in given}
+        if len(set(map(repr, values.values()))) > 1:
+            raise UserError(f"both {' and '.join(values)} have a value: keep one of them")
+        empty = "" if any(name in record for name in spellings) and key in ("instruction", "response") else None
+        found[key] = next(iter(values.values()), empty)
+    known = {name for spellings in names.values() for name in spellings}
+    notes.update(f"{kind} {key!r}" for key in given.keys() - known)
+    return found
+
+
+def read_turns(turns, system, notes):
+    """Return a list of messages, in any usual spelling, as a conversation."""
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f"its messages are {type(turns).__name__}, not a list")
+    messages, asked = [], []  # asked: the user's texts since the last response
+    system = [as_text(system, "system", notes)] if system else []
+    for number, turn in enumerate(turns, 1):
+        found = read_fields(turn, FIELDS, notes, "field")
+        role, weight = ROLES.get(found["role"] if isinstance(found["role"], str) else None), found["weight"]
+        if role is None:
+            raise UserError(f"message {number} has the role {found['role']!r}; known are {', '.join(ROLES)}")
+        if weight not in (None, 0, 1):
+            raise UserError(f"message {number} has the weight {weight!r}; only 0 and 1 are supported")
+        text = as_text(found["content"], f"content of message {number}", notes)
+        if role != "assistant":
+            (system if role == "system" else asked).append(text)
+            continue
+        if not asked and not system:
+            raise UserError(f"message {number} is the assistant's, with no user's message before it")
+        messages += with_system(exchange(join_texts(asked), "", text), system)
+        messages[-1] |= {"learn": False} if 0 in (weight, found["train"]) else {}
+        asked, system = [], []
+    if messages and (asked or system):
+        notes["last message without a response"] += 1
+    return messages or with_system(exchange(join_texts(asked), "", ""), system)
+
+
+def with_system(messages, texts):
+    if system := join_texts(texts).strip():
+        messages[0]["system"] = system
+    return messages
+
+
+def join_texts(texts):
+    return texts[0] if len(texts) == 1 else "\n\n".join(map(str.strip, texts))
+
+
+def as_text(value, name, notes):
+    """Return a string, whole number or list of text parts as a string; "" for None. Refuse anything else."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, list):
+        parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part for part in value]
+        value = "".join(parts) if all(isinstance(part, str) for part in parts) else value
+    if type(value) not in (str, int):
+        raise UserError(f"its {name} is {type(value).__name__}, not text")
+    text = str(value).encode(errors="replace").decode()  # JSON can hold half of a surrogate pair
+    notes["half a character, replaced by ?"] += text != str(value)
+    return text
 
 
 def exchange(instruction, context, response):
     """Return an instruction and its response as messages."""
     return [{"role": "user", "content": instruction, "input": context}, {"role": "assistant", "content": response}]
+
+
+# a content's place in a rendered template, with the space before it. An em space on a side shows that the template
+# keeps white space there
+PLACE = re.compile("( ?)(\u2003?)\0([0-9]+)\0(\u2003?)")
 
 
 def encode_conversation(tokenizer, messages, template):
@@ -48,54 +154,102 @@ def encode_conversation(tokenizer, messages, template):
                                                         ^^^^^^^^^^^^^^^^^^^
 
     template: the text of a chat template. If the last message is a user's, the ids are a prompt for the response.
-    Training and sampling both call this function, so their prompts cannot differ. Contents are encoded separately, so
-    the name of a special token in a content remains text."""
+    Training and sampling both call this function, so their prompts cannot differ. The ids are those of transformers'
+    apply_chat_template(), but the name of a special token in a content remains text."""
     knows_input = re.search(r"\bm\.input\b", template)  # as the templates in lora.py do
-    texts, marked = [], []  # the contents, and the messages with a mark in place of each content
+    contents, marked = [], []  # (text, its message), and the messages with a mark in place of each content
     for message in messages:
-        is_response, marks = message["role"] == "assistant", {}
-        for key in ("content", "input"):
-            text = message.get(key) or ""
+        texts = {"content": message["content"], "input": message.get("input") or ""}
+        if message.get("system"):
+            texts["content"] = f"{message['system'].strip()}\n\n{texts['content'].strip()}".strip()
+        if not knows_input and texts["input"]:
+            texts = {"content": f"{texts['content'].strip()}\n\n{texts['input'].strip()}"}
+        marks = {}
+        for key, text in texts.items():
             if text or key == "content":
-                marks[key] = f"\0{len(texts)}\0"
-                texts.append((text if is_response else text.strip(), is_response))
-        if not knows_input:
-            marks = {"content": "\n\n".join(marks.values())}
+                marks[key] = f"\u2003\0{len(contents)}\0\u2003"
+                contents.append((text, message))
         marked.append({"role": message["role"], **marks})
-    # text of the template, a space or none, the number of a content, text of the template, ...
-    pieces = re.split(r"( ?)\0(\d+)\0", render(template, marked, tokenizer))
-    if sorted(map(int, pieces[2::3])) != list(range(len(texts))):
+    pieces = PLACE.split(render(template, marked, tokenizer))
+    if sorted(map(int, pieces[3::5])) != list(range(len(contents))):
         raise UserError("the chat template leaves out or repeats messages: choose another format with --template")
-    parts, is_response = [([tokenizer.bos], False)], False
-    for own_text, space, number in zip(pieces[::3], [*pieces[1::3], ""], [*pieces[2::3], ""], strict=True):
-        ids = tokenizer.encode(own_text, markers=True).tolist()
-        if is_response:  # the model learns to end it, too
-            parts.append(([ids.pop(0) if ids and ids[0] in tokenizer.special_ids else tokenizer.eot], True))
-        if number or not is_response:  # the text after the last response is left out
-            parts.append((ids, False))
+    stream = []  # str: text of the prompt; int: a special token; tuple: a response, and whether it is learned
+    for own_text, space, left, number, right in zip(*(pieces[i::5] + [""] * (i > 0) for i in range(5)), strict=True):
+        # text, the name of a special token, text, ...
+        named = enumerate(tokenizer.markers.split(own_text))
+        stream += [tokenizer.ids_of_markers[text] if i % 2 else text for i, text in named if text]
         if number:
-            text, is_response = texts[int(number)]
-            # most tokenizers join a word with the space before it
-            parts.append((tokenizer.encode(space + text).tolist() if text else [], is_response))
-    return [t for ids, _ in parts for t in ids], [flag for ids, flag in parts for _ in ids]
+            text, message = contents[int(number)]
+            text = space + (text if left else text.lstrip())
+            text = text if right else text.rstrip()
+            stream.append(text if message["role"] == "user" else (text, message.get("learn", True)))
+    if messages[-1]["role"] == "assistant":  # nothing follows the end of the last response
+        last = max(i for i, item in enumerate(stream) if isinstance(item, tuple))
+        end = stream[last + 1 : last + 2]
+        stream[last + 1 :] = end if end and isinstance(end[0], int) else [tokenizer.eot]
+    ids, is_response, prompt, learn = [], [], "", None  # prompt: not encoded yet; learn: set right after a response
+
+    def add(new_ids, learn=False):
+        ids.extend(map(int, new_ids))
+        is_response.extend([learn] * len(new_ids))
+
+    for item in stream:
+        if learn is not None:  # the model learns to end a response, too
+            add([item if isinstance(item, int) else tokenizer.eot], learn)
+            learn = None
+            if isinstance(item, int):
+                continue
+        if isinstance(item, str):
+            prompt += item
+            continue
+        add(tokenizer.encode(prompt))
+        prompt = ""
+        if isinstance(item, int):
+            add([item])
+        else:
+            text, learn = item
+            add(tokenizer.encode(text), learn)
+    add(tokenizer.encode(prompt))
+    return ids, is_response
 
 
 def end_of_response(tokenizer, template):
     """Return the id of the token that ends a response in this chat template."""
-    ids, _ = encode_conversation(tokenizer, exchange("a", "", "b"), template)
-    return ids[-1]
+    ids, is_response = encode_conversation(tokenizer, exchange("a", "", "b"), template)
+    return ids[-1 - is_response[::-1].index(True)]
 
 
 def render(template, messages, tokenizer):
-    """Return the text of messages in a chat template, without the bos token at its beginning."""
-    with user_errors("the chat template cannot be rendered"):
-        special = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eot_token}
-        is_prompt = messages[-1]["role"] != "assistant"
-        text = compile_template(template).render(messages=messages, add_generation_prompt=is_prompt, **special)
-    return text.removeprefix(tokenizer.bos_token)
+    """Return the text of messages in a chat template."""
+    special = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eot_token, "pad_token": tokenizer.pad_token}
+    is_prompt = messages[-1]["role"] != "assistant"
+    values = {"messages": messages, "add_generation_prompt": is_prompt, "tools": None, "documents": None}
+    with user_errors("the chat template cannot be rendered; choose a format with --template"):
+        return compile_template(template).render(**values, **special)
+
+
+class GenerationTag(Extension):
+    """{% generation %}, which marks a response in the templates of transformers and changes no text."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
 
 @functools.cache
 def compile_template(template):
     """Compile a Jinja template as transformers does, in a sandbox, because published models bring their own."""
-    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, **options):  # Jinja's own escapes HTML
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    extensions = [GenerationTag, "jinja2.ext.loopcontrols"]
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    env.filters["tojson"] = tojson
+    env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
+    return env.from_string(template)

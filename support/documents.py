@@ -1,92 +1,187 @@
-"""Text files, JSON and Parquet, read piece by piece into texts and rows."""
+"""Files of text or of rows, plain or compressed, read piece by piece into texts and records."""
 
+import csv
 import glob
+import io
 import json
 import mmap
 import os
 import re
+import sys
+from pathlib import Path
 
-from support.settings import UserError, user_errors
+from support.settings import UserError, first_line, user_errors
 
-SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+TEXTS, ROWS = (".txt", ".md"), (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+# what stands beside a dataset and is none of it
+DESCRIPTIONS = r"(readme|license|dataset_infos?|dataset_dict|state)\.\w+|cache-.*\.arrow"
+
+
+def kind_of(path):
+    """Return the suffix that says what is in a file, such as ".jsonl" of part-1.jsonl.gz; "" if it cannot be read."""
+    path = Path(path)
+    inner = Path(path.stem).suffix.lower() if path.suffix.lower() in COMPRESSED else path.suffix.lower()
+    is_packed_table = inner in (".parquet", ".arrow") and inner != path.suffix.lower()
+    return inner if inner in TEXTS + ROWS and not is_packed_table else ""
 
 
 def source_files(path):
-    """Return the files of a corpus: `path` itself, or all files below it that are not hidden."""
-    files = sorted(path / name for name in glob.glob("**", root_dir=path, recursive=True)) or [path]
-    return [f for f in files if f.suffix.lower() in SUFFIXES and os.path.isfile(f)]
+    """Return (the files of a corpus, {file: why it is left out}): `path` itself, or all files below it that are not
+    hidden. A file that can be reached in two ways is read once."""
+    found = [Path(path, name) for name in sorted(glob.glob("**", root_dir=path, recursive=True))] or [Path(path)]
+    files, left_out = {}, {}
+    for file in (file for file in found if os.path.isfile(file)):
+        if not kind_of(file):
+            left_out[file] = "not a kind that is read"
+        elif len(found) > 1 and re.fullmatch(DESCRIPTIONS, file.name.lower()):
+            left_out[file] = "describes a dataset"
+        elif (real := os.path.realpath(file)) in files:
+            left_out[file] = f"the same file as {files[real].name}"
+        else:
+            files[real] = file
+    return list(files.values()), left_out
+
+
+def print_left_out(path, left_out):
+    """Print the files below `path` that are left out, by reason."""
+    for why in sorted(set(left_out.values())):
+        names = [str(f.relative_to(path)) if f != path else f.name for f in left_out if left_out[f] == why]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        print(f"{path}: left out ({why}): {', '.join(names[:5])}{more}")
 
 
 def names_split(words, file, folder):
     """Return whether a file's path below `folder` has one of these words in it, such as tiny-valid.txt has "valid"."""
-    name = str(file.relative_to(folder).with_suffix("")) if folder.is_dir() else ""
+    name = str(file.relative_to(folder)).removesuffix(file.suffix) if folder.is_dir() else ""
     return re.search(rf"(^|[-_. /\\])({words})([-_. /\\]|$)", name)
 
 
-def read_files(files, separator, text_column):
-    """Yield the texts of the documents in some files."""
+def read_files(files, separator, text_column, max_bad_rows=0.1, notes=None):
+    """Yield the texts of the documents in some files. notes: {file: what was left out of it}, for the report."""
     for path in files:
-        if path.suffix.lower() == ".txt":
+        if kind_of(path) in TEXTS:
             yield from read_txt(path, os.fsencode(separator))
         else:
-            yield from column(read_rows(path), text_column, path)
+            yield from column(read_rows(path), text_column, path, max_bad_rows, notes)
+
+
+def open_binary(path):
+    """Open a file for reading bytes, uncompressed."""
+    if path.suffix.lower() not in COMPRESSED:
+        return open(path, "rb")
+    import pyarrow  # slow to import
+
+    return pyarrow.input_stream(str(path), compression=COMPRESSED[path.suffix.lower()])
 
 
 def read_txt(path, separator):
-    """Yield the documents of a text file one by one, so that the file may be larger than memory."""
+    """Yield the documents of a text file one by one, so that the file may be larger than memory. Windows' line ends
+    are read as \\n, also in the separator."""
     if not os.path.getsize(path):
         return
-    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        start, windows = 0, separator.replace(b"\n", b"\r\n")  # Windows line ends
-        separator = windows if text.find(separator) < 0 <= text.find(windows) else separator
-        while start < len(text):
-            end = text.find(separator, start)
-            end = len(text) if end < 0 else end
+    pattern = re.compile(re.escape(separator).replace(b"\\\n", b"\r?\n"))
+    with user_errors(f"{path}: not readable"), open_binary(path) as f:
+        is_file = path.suffix.lower() not in COMPRESSED
+        text = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if is_file else f.read()
+        start = 0
+        while start <= len(text):
+            match = pattern.search(text, start)
+            end = match.start() if match else len(text)
             try:
-                document = text[start:end].decode("utf-8").removeprefix("\ufeff").strip()  # Windows' byte order mark
+                document = text[start:end].decode("utf-8").removeprefix("\ufeff")  # Windows' byte order mark
             except UnicodeDecodeError as e:
                 fix = "convert it, for example with iconv"
                 raise UserError(f"{path}: not UTF-8 at byte {start + e.start}; {fix}") from None
-            if document:
+            if document := document.replace("\r\n", "\n").strip():
                 yield document
-            start = end + len(separator)
+            if not match:
+                return
+            start = match.end()
 
 
 def read_rows(path):
-    """Yield the rows of a .json, .jsonl or .parquet file as dicts, one by one. Values keep their types: `datasets`
-    would give a whole column one type, and change texts beside a number."""
-    kind, count = path.suffix.lower().lstrip("."), 0
-    with user_errors(f"{path}: not readable as {kind}, or empty"):
-        for count, row in enumerate(read_parquet(path) if kind == "parquet" else read_json_rows(path), 1):
-            if not isinstance(row, dict):
-                raise ValueError(f"row {count} is not an object, but {type(row).__name__}")
-            yield row
-        if not count:
-            raise ValueError("no row in it")
+    """Yield (place, row) of a file of rows, one by one. row: a dict, or the error that says why it cannot be read.
+    Values keep their types: `datasets` would give a whole column one type, and change texts beside a number."""
+    kind = kind_of(path)
+    readers = {".parquet": read_tables, ".arrow": read_tables, ".csv": read_csv, ".tsv": read_csv}
+    with user_errors(f"{path}: not readable as {kind}"):
+        for place, row in readers.get(kind, read_json)(path):
+            is_row = isinstance(row, dict | Exception)
+            yield place, row if is_row else ValueError(f"not an object, but {type(row).__name__}")
 
 
-def read_parquet(path):
-    from pyarrow.parquet import ParquetFile  # slow to import
+def read_tables(path):
+    """Parquet, and Arrow streams and files, as datasets' save_to_disk() writes them."""
+    import pyarrow.parquet  # slow to import
 
-    for batch in ParquetFile(path).iter_batches(1000):
-        yield from batch.to_pylist()
+    if path.suffix.lower() == ".parquet":
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches(1000)
+    else:
+        with pyarrow.memory_map(str(path)) as f:
+            is_file = f.read(6) == b"ARROW1"
+        source = pyarrow.memory_map(str(path))
+        reader = pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
+        batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+    rows = (row for batch in batches for row in batch.to_pylist())
+    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
-def read_json_rows(path):
-    """Yield the items of a JSON list, or of a file with one JSON value a line."""
-    with open(path, encoding="utf-8-sig") as f:
-        is_list = f.read(1000).lstrip().startswith("[")
-        f.seek(0)
-        yield from json.load(f) if is_list else map(json.loads, filter(str.strip, f))
+def read_csv(path):
+    csv.field_size_limit(sys.maxsize)
+    with open_binary(path) as f, io.TextIOWrapper(f, encoding="utf-8-sig", newline="") as text:
+        reader = csv.DictReader(text, delimiter="\t" if kind_of(path) == ".tsv" else ",", strict=True)
+        for row in reader:
+            is_whole = None not in row and None not in row.values()
+            yield f"line {reader.line_num}", row if is_whole else ValueError("more or fewer cells than the head")
 
 
-def column(rows, name, source):
-    """Yield the texts in one column of rows, which read_rows() or the Hub made. source: their name, for messages."""
-    with user_errors(f"{source}: no further row can be read"):
-        for i, row in enumerate(rows):
-            if not isinstance(row.get(name), str | None) or (i == 0 and name not in row):
+def read_json(path):
+    """The items of a JSON list, or of a file with one JSON value a line."""
+    with open_binary(path) as f:
+        is_list = f.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    with open_binary(path) as f:
+        if is_list:
+            items = json.loads(f.read().decode("utf-8-sig"))
+            yield from ((f"record {number}", item) for number, item in enumerate(items, 1))
+            return
+        for number, line in enumerate(io.BufferedReader(f), 1):
+            try:
+                if line.strip():
+                    yield f"line {number}", json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as e:
+                yield f"line {number}", ValueError(f"not JSON: {first_line(e)}")
+
+
+def column(rows, name, source, max_bad_rows=0.1, notes=None):
+    """Yield the texts in one column of rows, from read_rows() or the Hub. source: their name, for messages.
+
+    A row without a text is left out and noted. UserError if that is a larger share than max_bad_rows."""
+    count, counts, first = 0, dict.fromkeys(("unreadable", "empty", "repaired"), 0), ""
+
+    def check():
+        if notes is not None:
+            notes[source] = {"rows": count, "first": first} | counts
+        if counts["unreadable"] > max_bad_rows * count:
+            raise UserError(
+                f"{source}: {counts['unreadable']} of {count} rows cannot be read, the first: {first}; correct "
+                "them, or raise --max_bad_rows to leave them out"
+            )
+
+    for count, (place, row) in enumerate(rows, 1):
+        text = row.get(name) if isinstance(row, dict) else row
+        if isinstance(text, str):
+            repaired = text.encode(errors="replace").decode().strip()  # JSON can hold half of a surrogate pair
+            counts["repaired"] += repaired != text.strip()
+            counts["empty"] += not repaired
+            if repaired:
+                yield repaired
+        else:
+            counts["unreadable"] += 1
+            if isinstance(row, dict):
                 kinds = ", ".join(f"{key} ({type(value).__name__})" for key, value in row.items())
-                raise UserError(f"{source}: no text in a column {name!r}; choose --text_column from {kinds}")
-            # JSON can hold half of a surrogate pair
-            if text := (row.get(name) or "").encode(errors="replace").decode().strip():
-                yield text
+                text = f"no text in a column {name!r}; it has {kinds}"
+            first = first or f"{place}: {text}"
+        if count == 1000:  # do not wait for the end of a large file
+            check()
+    check()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from model import FULL, GEMMA3_CONSTANTS, SLIDING
 from support.settings import UserError
-from support.tokenizer import GPT2_PATTERN
+from support.tokenizer import GPT2_PATTERN, byte_level_bpe
 
 
 def export_gguf(model, tokenizer, path, matrix_type):
@@ -72,7 +72,8 @@ def add_gguf_tokenizer(writer, tokenizer, num_rows):
 
     model, added = tokenizer.spec["model"], tokenizer.spec["added_tokens"]
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    tokens = [f"[unused{i}]" for i in range(num_rows)]
+    taken = {*model["vocab"], *(token["content"] for token in added)}
+    tokens = [f"[unused{i}]" + "_" * (f"[unused{i}]" in taken) for i in range(num_rows)]
     types = [TokenType.UNUSED] * num_rows
     for text, i in model["vocab"].items():
         is_byte = model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", text)
@@ -85,7 +86,8 @@ def add_gguf_tokenizer(writer, tokenizer, num_rows):
             is_control = token["special"] or re.fullmatch(reserved, text)
             tokens[i] = text if is_control else text.replace("▁", " ")
             types[i] = TokenType.CONTROL if is_control else TokenType.USER_DEFINED
-    if tokenizer.bpe and tokenizer.bpe._pat_str == GPT2_PATTERN:
+    bpe = byte_level_bpe(tokenizer.spec, {token["content"]: token["id"] for token in added})
+    if bpe and bpe._pat_str == GPT2_PATTERN:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("gpt-2")
         writer.add_token_merges([" ".join(pair) for pair in merges])

@@ -4,6 +4,10 @@ import errno
 import os
 import shutil
 
+from filelock import FileLock, Timeout
+
+from support.settings import UserError
+
 
 def write_atomically(path, content):
     """Write text or bytes to a file. At every moment the file holds all of it or its former content."""
@@ -34,6 +38,19 @@ def latest_intact_dir(path):
     """Return `path`, or the place where a crash in the middle of atomic_replace_dir() left its directory."""
     aside = path.with_name(path.name + ".replaced")
     return path if path.exists() or not aside.exists() else aside
+
+
+def lock_folder(path):
+    """Reserve a folder, which need not exist, for this process. The lock ends with release() or with the process, even
+    if it crashes. Raises UserError if another process holds it."""
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{path}: another process is writing to it: wait, stop that process, or name another") from None
+    return lock
 
 
 def fsync(path):

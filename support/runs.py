@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch.utils._pytree import tree_leaves, tree_map
 
 from model import Gemma, GemmaConfig, tensor_shapes
-from support.files import atomic_replace_dir, latest_intact_dir
+from support.files import atomic_replace_dir, latest_intact_dir, lock_folder
 from support.log import say
 from support.processes import distribute, full_tensor_on_rank0, get_rank
 from support.settings import Failure, UserError, first_line, user_errors
@@ -30,14 +30,16 @@ def new_state(fingerprint, settings):
 
 
 class RunFolder:
-    """The folder of one run. A run that lies there already is moved aside, unless it is resumed.
+    """The folder of one run, locked until the end of `with`. A run that lies there already is moved aside, unless it is
+    resumed.
 
     Rank 0 writes. A write that fails, such as on a full disk, is reported and kept in `errors`; training goes on."""
 
     def __init__(self, out_dir, init_from):
-        self.path, self.errors = Path(out_dir), []
+        self.path, self.errors, self.lock = Path(out_dir), [], None
         if get_rank() == 0:
             init_from = resolve_init_from(out_dir, init_from)  # again, for callers that skip main()
+            self.lock = lock_folder(self.path)
             if init_from != "resume" and self.path.exists() and any(self.path.iterdir()):
                 aside = self.path.with_name(f"{self.path.name}-{time.strftime('%Y%m%d-%H%M%S')}")
                 os.replace(self.path, aside)
@@ -47,6 +49,13 @@ class RunFolder:
                 (self.path / ".job").write_text(job)
         if dist.is_initialized():
             dist.barrier()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.lock:
+            self.lock.release()
 
     def try_write(self, write, *args):
         """Call write(*args) on rank 0. Report an OSError and go on."""
@@ -78,6 +87,8 @@ def resolve_init_from(out_dir, init_from):
     could not be moved aside, or that is no run of ours."""
     with user_errors(f"--out_dir={out_dir!r}"):
         path = Path(out_dir)
+        if path.exists() and get_rank() == 0:
+            lock_folder(path).release()  # no other run may live there
         is_restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # after a crash, by --max-restarts
         job = path / ".job"
         is_same_job = job.exists() and job.read_text() == os.environ.get("TORCHELASTIC_RUN_ID")

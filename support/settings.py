@@ -20,6 +20,8 @@ from types import ModuleType
 from typing import get_args, get_type_hints
 
 NO_LIMIT = 2**62  # for check_range(): a larger or infinite value is a mistake
+# settings that can name a path: ~ is the home folder. The others are texts, which must be UTF-8
+PATHS = {"out_dir", "init_from", "dataset", "tokenizer", "compare", "data", "model", "adapter", "export_gguf"}
 
 
 class UserError(Exception):
@@ -148,6 +150,10 @@ def coerce(where, key, value, allowed):
         value = int(value)
     if type(value) in (int, float) and type(value) in allowed and not 0 <= value <= NO_LIMIT:  # as NaN never is
         raise UserError(f"{where}: {key}={value} must be at least 0, and finite")
+    if type(value) is str and key in PATHS:  # the shell leaves --key=~/x as it is
+        value = ",".join(map(os.path.expanduser, value.split(",")))  # compare has several
+    elif type(value) is str and value != value.encode(errors="replace").decode():
+        raise UserError(f"{key} is not UTF-8: {value.encode(errors='replace').decode()}")
     if type(value) in allowed and "\0" not in str(value):  # which no path can have
         return value
     wants = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)

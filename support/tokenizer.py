@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from support.settings import user_errors
+from support.settings import UserError, user_errors
 
 END_OF_TEXT = "<|endoftext|>"
 # GPT-2 splits text into these words before merging
@@ -18,6 +19,20 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTE_TO_CHAR = {b: chr(b) for b in PRINTABLE}
 BYTE_TO_CHAR |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in BYTE_TO_CHAR)}
+
+
+def read_chat_template(path):
+    """Return the chat template in a model's or adapter's directory, as transformers finds it; None without one."""
+    jinja, config = Path(path, "chat_template.jinja"), Path(path, "tokenizer_config.json")
+    with user_errors(f"{path}: its chat template cannot be read"):
+        if jinja.exists():
+            return jinja.read_text(encoding="utf-8")
+        template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.exists() else None
+        if isinstance(template, list):  # several, by name
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if not isinstance(template, str | None):
+            raise ValueError(f"chat_template is {type(template).__name__}")
+        return template
 
 
 class Tokenizer:
@@ -40,53 +55,62 @@ class Tokenizer:
         self.eot = special[self.eot_token]
         self.bos = special[self.bos_token]  # stands before a text
         self.pad = special[self.pad_token]
-        self.special_ids = set(special.values())
+        self.ids_of_markers = special  # {name: id} of the special tokens
+        self.markers = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
         # the ids that a text can have; a tokenizer may name more special tokens than its models have rows for
         ids, plain = spec["model"]["vocab"].values(), [t["id"] for t in spec["added_tokens"] if not t["special"]]
         if len(set(ids)) < len(ids):
             raise ValueError("two tokens of the vocabulary have the same id")
-        self.text_ids = {*ids, *plain} - self.special_ids
+        self.text_ids = {*ids, *plain} - {*special.values()}
         self.vocab_size = 1 + max(*self.text_ids, self.eot, self.bos)
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)  # in the bins
-        self.bpe = byte_level_bpe(spec, special)
+        self.bpe = None if plain else byte_level_bpe(spec, special)
         self.hf = None if self.bpe else tokenizers.Tokenizer.from_str(json.dumps(spec))
+        if self.hf:
+            self.hf.encode_special_tokens = True  # their names are text
+            check_pieces(self)
 
     @classmethod
     def load(cls, path):
         """Read a tokenizer.json, or the one in a directory, and the two files that may lie beside it."""
         path = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
-        beside, chat = path.with_name("tokenizer_config.json"), path.with_name("chat_template.jinja")
         with user_errors(f"{path}: not a tokenizer.json that can be used"):
-            spec = json.loads(path.read_text(encoding="utf-8"))
+            spec, beside = json.loads(path.read_text(encoding="utf-8")), path.with_name("tokenizer_config.json")
             config = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
-            if chat.exists():
-                config["chat_template"] = chat.read_text(encoding="utf-8")
-            return cls(spec, config)
+            template = read_chat_template(path.parent)
+            return cls(spec, {**config, "chat_template": template} if template else config)
+
+    def check_rows(self, rows):
+        """Raise UserError if a text can have ids that a model with so many rows in its embedding does not know."""
+        if self.vocab_size > rows:
+            raise UserError(f"the tokenizer's {self.vocab_size} entries do not fit into vocab_size={rows}: use the "
+                            "tokenizer that the model was trained with")  # fmt: skip
 
     def save(self, path):
         """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer opens."""
-        if not self.spec.get("post_processor"):  # so that other programs too begin a text with the bos token
-            hf = tokenizers.Tokenizer(models.BPE())
-            special_tokens = [(self.bos_token, self.bos)]
-            hf.post_processor = processors.TemplateProcessing(f"{self.bos_token} $A", special_tokens=special_tokens)
+        hf = tokenizers.Tokenizer.from_str(json.dumps(self.spec))
+        if hf.encode("a").ids[:1] != [self.bos]:  # so that other programs too begin a text with the bos token
+            hf.post_processor = processors.TemplateProcessing(
+                f"{self.bos_token} $A", special_tokens=[(self.bos_token, self.bos)]
+            )
             self.spec["post_processor"] = json.loads(hf.to_str())["post_processor"]
         (path / "tokenizer.json").write_text(json.dumps(self.spec, ensure_ascii=False), encoding="utf-8")
         names = {"bos_token": self.bos_token, "eos_token": self.eot_token, "pad_token": self.pad_token}
-        names |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        (path / "tokenizer_config.json").write_text(json.dumps(names | self.config, indent=2) + "\n")
+        # other classes build a tokenizer of their own, whose first token may differ
+        own = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        (path / "tokenizer_config.json").write_text(json.dumps(names | self.config | own, indent=2) + "\n")
 
-    def encode(self, text, markers=False):
-        """Return the token ids of a str as a uint32 array. markers: turn the names of special tokens into those tokens,
-        for the text of chat templates; never for text from outside."""
+    def encode(self, text):
+        """Return the token ids of a str as a uint32 array."""
+        if len(parts := split_long_words(text)) > 1:
+            return np.concatenate(list(map(self.encode, parts)))
         if self.bpe:
-            allowed = "all" if markers else set()
-            return self.bpe.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
-        self.hf.encode_special_tokens = not markers  # whether their names are text
+            return self.bpe.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
         return np.array(self.hf.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
     def encode_documents(self, texts):
         """Return the token ids of all texts as one uint32 array, with end-of-text after each."""
-        if self.bpe and not any(self.eot_token in text for text in texts):
+        if self.bpe and not any(self.eot_token in text or len(split_long_words(text)) > 1 for text in texts):
             # one call for many documents, because tiktoken releases the GIL; texts between special tokens do not merge
             joined = "".join(text + self.eot_token for text in texts)
             return self.bpe.encode_to_numpy(joined, allowed_special={self.eot_token}, disallowed_special=())
@@ -98,6 +122,30 @@ class Tokenizer:
         # an embedding may have more rows than the tokenizer has entries; they have no text
         ids = [int(i) for i in ids if int(i) in self.text_ids]
         return self.bpe.decode(ids) if self.bpe else self.hf.decode(ids)
+
+
+LONG_WORD = 4096  # more characters of one kind in a row than any ordinary text has
+KINDS = (r"\s", r"[^\W\d_]", r"\d", r"[^\w\s]", "_")  # white space, letters, digits, signs
+LONG_WORDS = re.compile("|".join(f"{kind}{{{LONG_WORD}}}" for kind in KINDS))
+
+
+def split_long_words(text):
+    """Return the parts of a text, cut inside runs of LONG_WORD letters, spaces, ...: the time that a BPE takes grows
+    with the square of a word's length, and tiktoken gives up on a million spaces."""
+    # most texts are short, and the second search is the slower one
+    if len(text) < LONG_WORD or not re.search(rf"\S{{{LONG_WORD}}}|\s{{{LONG_WORD}}}", text):
+        return [text]
+    cuts = [0, *(match.end() for match in LONG_WORDS.finditer(text)), len(text)]
+    return [text[a:b] for a, b in itertools.pairwise(cuts) if b > a]
+
+
+def check_pieces(tokenizer):
+    """Raise ValueError unless the texts of token ids, one after another, are the text that was encoded."""
+    for text in ("a b", " a", "the end. "):
+        ids = tokenizer.encode(text)
+        found = "".join(tokenizer.decode(ids[i : i + 1]) for i in range(len(ids)))
+        if found != text:
+            raise ValueError(f"{text!r} becomes {found!r} token by token, so a text cannot be continued; use another")
 
 
 def byte_level_bpe(spec, special):
@@ -169,6 +217,6 @@ def train_bpe(texts, vocab_size):
     hf.pre_tokenizer, hf.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
-    hf.train_from_iterator(texts, trainer)
+    hf.train_from_iterator(itertools.chain.from_iterable(map(split_long_words, texts)), trainer)
     hf.add_special_tokens([END_OF_TEXT])
     return json.loads(hf.to_str())
