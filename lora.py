@@ -56,7 +56,7 @@ class LoraConfig:
     alpha: float = 16.0  # adapter output is scaled by alpha / rank
     target_modules: str = "all-linear"  # linear layers that get an adapter, such as q_proj,v_proj
     lora_dropout: float = 0.0  # on the adapters' input
-    epochs: float = 0.0  # passes over the records; 0: 3, or as many as make 100 steps
+    epochs: float = 0.0  # passes over the records; 0: 2, or as many as make 50 steps
     max_records: int = 0  # use this many records; 0: all (fables: 12,000)
     max_length: int = 512  # tokens of a conversation; a longer one loses its oldest turns, then the end of its input
     max_tokens_per_batch: int = 4096  # several records share a row
@@ -85,7 +85,7 @@ class TuneConfig(TrainConfig):
     init_from: str = ""  # the model to tune, a directory or a Hub id of a Gemma 3; or resume (out_dir/last)
     max_iters: int | None = None  # steps; by default epochs decides
     optimizer: str = "adamw"  # adamw or muon
-    learning_rate: float | None = None  # the peak; by default 1 / hidden_size, a tenth of it for all weights
+    learning_rate: float | None = None  # the peak; by default 2e-4, more for toy models, a tenth for all weights
     warmup_iters: float = 0.05  # steps of linear warmup; below 1: that share of max_iters
     cooldown_frac: float = 0.5  # share of max_iters over which schedule=wsd decays
     eval_interval: int | None = None  # steps between evaluations, each with a checkpoint; by default an epoch
@@ -449,8 +449,10 @@ def fill_in(task, before):
     the settings of the run that is resumed, or from the number of records and the size of the model."""
     lora_cfg, cfg = task.lora_cfg, task.cfg
     per_epoch = len(task.train_rows) / task.rows_per_batch / cfg.gradient_accumulation_steps
-    max_iters = max(1, round(per_epoch * (lora_cfg.epochs or max(3, 100 / per_epoch))))
-    rate = (1.0 if lora_cfg.rank else 0.1) / task.model.config.hidden_size
+    max_iters = max(1, round(per_epoch * (lora_cfg.epochs or max(2, 50 / per_epoch))))
+    # narrow models bear more: 2e-4 for Google's (2.4e-4 for 270M), 2.7e-3 for the quick start's
+    width = task.model.config.hidden_size
+    rate = max(2e-4, min(100 / width, 1) / width) * (1.0 if lora_cfg.rank else 0.1)
     defaults = {"max_iters": max_iters, "learning_rate": rate, "eval_interval": math.ceil(per_epoch)}
     missing = {key: before.get(key) or value for key, value in defaults.items() if getattr(cfg, key) is None}
     with user_errors("at the default rate"):
@@ -499,7 +501,10 @@ def report(task, state, after):
     """Print the comparison of before and after, and append it to samples.txt."""
     (results_before, answers_before), (results_after, answers_after) = state.before, after
     log = read_log(Path(task.cfg.out_dir) / "log.jsonl")
-    first = next((entry["val_loss"] for entry in log if entry.get("event") == "eval"), None) or math.nan
+    losses = [(entry["val_loss"] or math.nan, entry["step"]) for entry in log if entry.get("event") == "eval"] or [
+        (math.nan, 0)
+    ]
+    (first, _), (best, best_step), (last, last_step) = losses[0], min(losses), losses[-1]
     for results, loss in ((results_before, first), (results_after, state.best_val_loss)):
         results |= {"response loss": loss, "response perplexity": math.exp(min(loss, 99))}
     lines = []
@@ -512,6 +517,9 @@ def report(task, state, after):
     for name, value in results_before.items():
         if name in results_after:  # a resumed run may measure other figures
             lines.append(f"{name}: {value:.4f} before, {results_after[name]:.4f} after")
+    if last > 1.01 * best:
+        lines.append(f"overfitting: the response loss was {best:.4f} at step {best_step}, the checkpoint above, and "
+                     f"{last:.4f} at step {last_step}: fewer epochs or a lower learning rate would do")  # fmt: skip
     text = "\n".join(lines)
     print("\n" + text)
     with open(Path(task.cfg.out_dir) / "samples.txt", "a", encoding="utf-8") as f:
@@ -602,10 +610,12 @@ def cast_base_weights(model, dtype):
     """Store the frozen layers' weights in the dtype in which autocast multiplies them: the products are the same, in
     bfloat16 they take half the memory, and no step needs a cast. Merging rereads the original weights from disk. Cast
     only if every linear layer has an adapter: answers are made without autocast, which cannot mix dtypes."""
-    layers = [layer for _, layer in lora_layers(model)]
+    layers, embedding = [layer for _, layer in lora_layers(model)], model.model.embed_tokens
     if 3 * len(layers) == sum(isinstance(module, nn.Linear) for module in model.modules()):  # base, A and B
         for layer in layers:
             layer.base_layer.to(dtype)
+        if torch.equal(embedding.weight.to(dtype).float(), embedding.weight):  # published weights are bfloat16
+            embedding.to(dtype)
 
 
 def template_of(path, tokenizer):

@@ -335,8 +335,10 @@ class Gemma(nn.Module):
             FULL: AttentionContext(global_rope, attend, T, mask[FULL], cache),
         }
 
-        # the scale is rounded to the weights' dtype, as in the published models (25.25 for 270M in bfloat16)
-        x = F.embedding(tokens, embedding) * torch.tensor(config.hidden_size**0.5, dtype=embedding.dtype)
+        # the scale is rounded, as in the published models (25.25 for 270M in bfloat16). The norms have the dtype of the
+        # residual stream, also where lora.py stores frozen matrices in bfloat16
+        dtype = self.model.norm.weight.dtype
+        x = F.embedding(tokens, embedding).to(dtype) * torch.tensor(config.hidden_size**0.5, dtype=dtype)
         x = self.dropout(x)  # (B, T, C)
         for block in self.model.layers:
             x = block(x, contexts[block.kind])
@@ -344,7 +346,7 @@ class Gemma(nn.Module):
             cache.length += T
             x = x[:, -1:]
         if labels is None:
-            return linear(self.model.norm(x), self.head_weight, self.packed)  # (B, T, V)
+            return linear(self.model.norm(x).to(self.head_weight.dtype), self.head_weight, self.packed)  # (B, T, V)
         x, y = x.flatten(0, 1), labels.flatten()
         if doc_ids is not None:  # instruction tuning: most positions have no label and skip the head
             x, y = select_labels(x, y)
@@ -431,8 +433,10 @@ class Gemma(nn.Module):
         ends = (lengths + max_new_tokens).clamp(max=limit)
         shortest, longest = int(lengths.min()), int(ends.max())
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-        cuda_graphs = self.compiled_decode_step is not None and device.type == "cuda"
-        cache = KVCache(self.config, longest, device, cuda_graphs)
+        room, cuda_graphs = longest, False
+        if self.compiled_decode_step is not None:  # it is compiled for each size of the cache, so there are few sizes
+            room, cuda_graphs = min(limit, max(1024, 1 << (longest - 1).bit_length())), device.type == "cuda"
+        cache = KVCache(self.config, room, device, cuda_graphs)
         stops = torch.tensor(stop_ids, dtype=torch.int64, device=device)
         done = ends <= shortest
         tokens, forward = prompt[:, :shortest], self
@@ -617,8 +621,7 @@ def check_config(c):
     kinds = [SLIDING] * c.num_hidden_layers if c.layer_types is None else c.layer_types
     good = len(kinds) == c.num_hidden_layers and all(kind in (SLIDING, FULL) for kind in kinds)
     require(good, f"layer_types: need {c.num_hidden_layers} of {SLIDING!r} or {FULL!r}")
-    known = ", ".join(ACTIVATIONS)
-    require(c.hidden_activation in ACTIVATIONS, f"hidden_activation={c.hidden_activation!r} must be one of {known}")
+    require(c.hidden_activation in ACTIVATIONS, f"hidden_activation={c.hidden_activation!r} must be {[*ACTIVATIONS]}")
     heads, shared = c.num_attention_heads, c.num_key_value_heads
     require(heads % shared == 0, f"num_attention_heads={heads} is not a multiple of num_key_value_heads={shared}")
     require(c.head_dim % 2 == 0, f"head_dim={c.head_dim} is odd, but RoPE rotates pairs: make it even")
@@ -659,8 +662,8 @@ def config_from_dict(d):
     d = HF_DEFAULTS | d | dict_at(d, "text_config")
     own = {f.name for f in fields(GemmaConfig)}
     for key, value in GEMMA3_CONSTANTS.items():
-        good = key in own or d.get(key) in (None, value)
-        require(good, f"{key}={d.get(key)!r} is not supported: Gemma 3 has {value!r}")
+        given = d.get(key)
+        require(key in own or given in (None, value), f"{key}={given!r} is not supported: Gemma 3 has {value!r}")
     rope = dict_at(d, "rope_parameters")
     full, sliding = dict_at(d, "rope_scaling") | dict_at(rope, FULL), dict_at(rope, SLIDING)
     rope_type, local_type = (d.get("rope_type", "default") for d in (full, sliding))
@@ -699,8 +702,7 @@ def weight_files(path):
         return [path / "model.safetensors"]
     names = dict_at(read_json(index), "weight_map").values()
     for name in names:
-        is_beside = isinstance(name, str) and Path(name).name == name
-        require(is_beside, f"{index.name}: {name!r} is not a file in this directory")
+        require(isinstance(name, str) and Path(name).name == name, f"{index.name}: {name!r} is no file beside it")
     return [path / name for name in sorted(set(names))]
 
 
@@ -736,9 +738,8 @@ def find_tensors(path, expected):
         require(len(tied) == 2 and torch.equal(*tied), f"{head} is not the embedding, and Gemma 3 ties the two")
         del found[head], shapes[head]
     for name in expected | shapes:
-        stored_shape, expected_shape = (d.get(name, "no such tensor") for d in (shapes, expected))
-        good = stored_shape == expected_shape
-        require(good, f"{name}: the files have {stored_shape}, the config asks for {expected_shape}")
+        stored, wanted = (d.get(name, "no such tensor") for d in (shapes, expected))
+        require(stored == wanted, f"{name}: the files have {stored}, the config asks for {wanted}")
     return found
 
 

@@ -66,7 +66,14 @@ class PrepareConfig:
 def main(cfg):
     corpus = open_corpus(cfg)
     out = output_directory(cfg.dataset, cfg.name, corpus.source)
-    lock = lock_folder(out)
+    with lock_folder(out):
+        meta, example = prepare(cfg, corpus, out)
+    report(out, meta, corpus, example)
+
+
+def prepare(cfg, corpus, out):
+    """Write the dataset to the folder `out`. Return the content of meta.json, and an example of a text that the
+    tokenizer changes ("" if there is none)."""
     part = out.with_name(out.name + ".part")  # no script reads this name, so no script reads half a dataset
     tokenizer = start_or_resume(part, cfg, corpus)
     shards = tokenize(corpus, tokenizer, part)
@@ -82,8 +89,7 @@ def main(cfg):
     for file in (*part.glob("shard-*"), part / "task.json"):
         file.unlink()
     atomic_replace_dir(part, out)
-    lock.release()
-    report(out, meta, corpus, example)
+    return meta, example
 
 
 @dataclass
@@ -208,11 +214,13 @@ def report(out, meta, corpus, example):
         if note["unreadable"]:
             print(f"{source}: left out {note['unreadable']:,} of {note['rows']:,} rows, the first: {note['first']}")
         elif not note["rows"]:
-            print(f"{source}: no rows in it")
-    totals = {key: sum(note[key] for note in corpus.notes.values()) for key in ("unreadable", "empty", "repaired")}
-    print(f"rows left out: {totals['unreadable']:,} without a text, {totals['empty']:,} empty; texts changed: "
-          f"{totals['repaired']:,} with half a character, {meta['train']['changed'] + meta['val']['changed']:,} by the "
-          f"tokenizer{f', such as {example}' if example else ''}")  # fmt: skip
+            print(f"{source}: no text in it")
+    keys = ("unreadable", "empty", "repaired", "line_ends")
+    n = {key: sum(note.get(key, 0) for note in corpus.notes.values()) for key in keys}
+    changed = meta["train"]["changed"] + meta["val"]["changed"]
+    print(f"rows left out: {n['unreadable']:,} without a text, {n['empty']:,} empty; texts changed: {n['repaired']:,} "
+          f"with half a character, {n['line_ends']:,} with the line ends of Windows, {changed:,} by the tokenizer"
+          f"{f', such as {example}' if example else ''}")  # fmt: skip
     recipe, name = Path(__file__).parent / "config" / f"train_{out.name}.py", shlex.quote(out.name)
     other = f"train_tinystories_cpu.py --dataset={name} --out_dir=out/{name}"
     print(f"next: python train.py config/{recipe.name if recipe.exists() else other}")
@@ -320,7 +328,7 @@ def split_text(text, cfg):
     return {"train": pieces[:first].__iter__, "val": pieces[first:].__iter__}
 
 
-def open_files(path, cfg, notes):
+def open_files(path, cfg, notes=None):
     """Return the splits of a file, or of a folder with files of any split. Print which files are left out."""
     files, left_out = source_files(path)
     held_out = [f for f in files if names_split("val|valid|validation|dev", f, path)]
@@ -337,7 +345,7 @@ def open_files(path, cfg, notes):
     return {name: partial(read_files, fs, *how) for name, fs in splits.items()}
 
 
-def open_hub(name, cfg, notes):
+def open_hub(name, cfg, notes=None):
     """Return the splits of a dataset on the Hub."""
     splits = load_dataset_from_hub(name, "dataset", cfg.subset, cfg.streaming)
     train = "train" if "train" in splits else next(iter(splits))

@@ -78,26 +78,25 @@ def read_fields(record, names, notes, kind):
         values = {name: given[name] for name in spellings if name in given}
         if len(set(map(repr, values.values()))) > 1:
             raise UserError(f"both {' and '.join(values)} have a value: keep one of them")
-        empty = "" if any(name in record for name in spellings) and key in ("instruction", "response") else None
-        found[key] = next(iter(values.values()), empty)
+        is_empty = key in ("instruction", "response") and not record.keys().isdisjoint(spellings)
+        found[key] = next(iter(values.values()), "" if is_empty else None)
     known = {name for spellings in names.values() for name in spellings}
     notes.update(f"{kind} {key!r}" for key in given.keys() - known)
     return found
 
 
 def read_turns(turns, system, notes):
-    """Return a list of messages, in any usual spelling, as a conversation."""
+    """Return messages, in any usual spelling, as a conversation."""
     if not isinstance(turns, list) or not turns:
         raise UserError(f"its messages are {type(turns).__name__}, not a list")
     messages, asked = [], []  # asked: the user's texts since the last response
     system = [as_text(system, "system", notes)] if system else []
     for number, turn in enumerate(turns, 1):
         found = read_fields(turn, FIELDS, notes, "field")
-        role, weight = ROLES.get(found["role"] if isinstance(found["role"], str) else None), found["weight"]
-        if role is None:
+        if (role := ROLES.get(str(found["role"]))) is None:
             raise UserError(f"message {number} has the role {found['role']!r}; known are {', '.join(ROLES)}")
-        if weight not in (None, 0, 1):
-            raise UserError(f"message {number} has the weight {weight!r}; only 0 and 1 are supported")
+        if found["weight"] not in (None, 0, 1):
+            raise UserError(f"message {number} has the weight {found['weight']!r}; only 0 and 1 are supported")
         text = as_text(found["content"], f"content of message {number}", notes)
         if role != "assistant":
             (system if role == "system" else asked).append(text)
@@ -105,27 +104,23 @@ def read_turns(turns, system, notes):
         if not asked and not system:
             raise UserError(f"message {number} is the assistant's, with no user's message before it")
         messages += with_system(exchange(join_texts(asked), "", text), system)
-        messages[-1] |= {"learn": False} if 0 in (weight, found["train"]) else {}
+        messages[-1] |= {"learn": False} if 0 in (found["weight"], found["train"]) else {}
         asked, system = [], []
-    if messages and (asked or system):
-        notes["last message without a response"] += 1
+    notes["last message without a response"] += bool(messages and (asked or system))
     return messages or with_system(exchange(join_texts(asked), "", ""), system)
-
-
-def with_system(messages, texts):
-    if system := join_texts(texts).strip():
-        messages[0]["system"] = system
-    return messages
 
 
 def join_texts(texts):
     return texts[0] if len(texts) == 1 else "\n\n".join(map(str.strip, texts))
 
 
+def with_system(messages, texts):
+    return [messages[0] | ({"system": system} if (system := join_texts(texts).strip()) else {}), *messages[1:]]
+
+
 def as_text(value, name, notes):
     """Return a string, whole number or list of text parts as a string; "" for None. Refuse anything else."""
-    if value is None or value != value:
-        return ""
+    value = "" if value is None or value != value else value
     if isinstance(value, list):
         parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part for part in value]
         value = "".join(parts) if all(isinstance(part, str) for part in parts) else value
@@ -183,10 +178,11 @@ def encode_conversation(tokenizer, messages, template):
             text = space + (text if left else text.lstrip())
             text = text if right else text.rstrip()
             stream.append(text if message["role"] == "user" else (text, message.get("learn", True)))
-    if messages[-1]["role"] == "assistant":  # nothing follows the end of the last response
-        last = max(i for i, item in enumerate(stream) if isinstance(item, tuple))
-        end = stream[last + 1 : last + 2]
-        stream[last + 1 :] = end if end and isinstance(end[0], int) else [tokenizer.eot]
+    end = tokenizer.eot
+    while messages[-1]["role"] == "assistant" and not isinstance(stream[-1], tuple):
+        end = stream.pop()  # nothing follows the end of the last response
+    if isinstance(stream[-1], tuple):
+        stream.append(end if isinstance(end, int) else tokenizer.eot)
     ids, is_response, prompt, learn = [], [], "", None  # prompt: not encoded yet; learn: set right after a response
 
     def add(new_ids, learn=False):
@@ -194,18 +190,17 @@ def encode_conversation(tokenizer, messages, template):
         is_response.extend([learn] * len(new_ids))
 
     for item in stream:
-        if learn is not None:  # the model learns to end a response, too
-            add([item if isinstance(item, int) else tokenizer.eot], learn)
+        if isinstance(item, str) and learn is not None:  # this template has no token there
+            add([tokenizer.eot], learn)
             learn = None
-            if isinstance(item, int):
-                continue
         if isinstance(item, str):
             prompt += item
             continue
         add(tokenizer.encode(prompt))
         prompt = ""
-        if isinstance(item, int):
-            add([item])
+        if isinstance(item, int):  # the model learns to end a response, too
+            add([item], bool(learn))
+            learn = None
         else:
             text, learn = item
             add(tokenizer.encode(text), learn)
@@ -221,11 +216,11 @@ def end_of_response(tokenizer, template):
 
 def render(template, messages, tokenizer):
     """Return the text of messages in a chat template."""
-    special = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eot_token, "pad_token": tokenizer.pad_token}
-    is_prompt = messages[-1]["role"] != "assistant"
-    values = {"messages": messages, "add_generation_prompt": is_prompt, "tools": None, "documents": None}
-    with user_errors("the chat template cannot be rendered; choose a format with --template"):
-        return compile_template(template).render(**values, **special)
+    values = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eot_token, "pad_token": tokenizer.pad_token}
+    values |= {"messages": messages, "add_generation_prompt": messages[-1]["role"] != "assistant"}
+    values |= {"tools": None, "documents": None}  # as in transformers
+    with user_errors("the chat template cannot be rendered, choose another with --template"):
+        return compile_template(template).render(**values)
 
 
 class GenerationTag(Extension):

@@ -61,7 +61,7 @@ def read_files(files, separator, text_column, max_bad_rows=0.1, notes=None):
     """Yield the texts of the documents in some files. notes: {file: what was left out of it}, for the report."""
     for path in files:
         if kind_of(path) in TEXTS:
-            yield from read_txt(path, os.fsencode(separator))
+            yield from read_txt(path, os.fsencode(separator), notes)
         else:
             yield from column(read_rows(path), text_column, path, max_bad_rows, notes)
 
@@ -75,9 +75,12 @@ def open_binary(path):
     return pyarrow.input_stream(str(path), compression=COMPRESSED[path.suffix.lower()])
 
 
-def read_txt(path, separator):
+def read_txt(path, separator, notes=None):
     """Yield the documents of a text file one by one, so that the file may be larger than memory. Windows' line ends
     are read as \\n, also in the separator."""
+    counts = {"rows": 0, "unreadable": 0, "line_ends": 0}
+    if notes is not None:
+        notes[path] = counts
     if not os.path.getsize(path):
         return
     pattern = re.compile(re.escape(separator).replace(b"\\\n", b"\r?\n"))
@@ -93,7 +96,9 @@ def read_txt(path, separator):
             except UnicodeDecodeError as e:
                 fix = "convert it, for example with iconv"
                 raise UserError(f"{path}: not UTF-8 at byte {start + e.start}; {fix}") from None
+            counts["line_ends"] += "\r\n" in document
             if document := document.replace("\r\n", "\n").strip():
+                counts["rows"] += 1
                 yield document
             if not match:
                 return
@@ -105,7 +110,7 @@ def read_rows(path):
     Values keep their types: `datasets` would give a whole column one type, and change texts beside a number."""
     kind = kind_of(path)
     readers = {".parquet": read_tables, ".arrow": read_tables, ".csv": read_csv, ".tsv": read_csv}
-    with user_errors(f"{path}: not readable as {kind}"):
+    with user_errors(f"{path}: not readable as {kind[1:]}"):
         for place, row in readers.get(kind, read_json)(path):
             is_row = isinstance(row, dict | Exception)
             yield place, row if is_row else ValueError(f"not an object, but {type(row).__name__}")
@@ -156,7 +161,8 @@ def read_json(path):
 def column(rows, name, source, max_bad_rows=0.1, notes=None):
     """Yield the texts in one column of rows, from read_rows() or the Hub. source: their name, for messages.
 
-    A row without a text is left out and noted. UserError if that is a larger share than max_bad_rows."""
+    A row that has no such column, or no text in it, is left out and noted, and so is an empty one. UserError if the
+    former are a larger share than max_bad_rows."""
     count, counts, first = 0, dict.fromkeys(("unreadable", "empty", "repaired"), 0), ""
 
     def check():
@@ -169,7 +175,8 @@ def column(rows, name, source, max_bad_rows=0.1, notes=None):
             )
 
     for count, (place, row) in enumerate(rows, 1):
-        text = row.get(name) if isinstance(row, dict) else row
+        text = row.get(name, row) if isinstance(row, dict) else row
+        text = "" if text is None or text != text else text  # NaN equals nothing
         if isinstance(text, str):
             repaired = text.encode(errors="replace").decode().strip()  # JSON can hold half of a surrogate pair
             counts["repaired"] += repaired != text.strip()

@@ -1,5 +1,6 @@
 """Files and directories that are either whole or as they were before, also after a crash or a power cut."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -40,9 +41,10 @@ def latest_intact_dir(path):
     return path if path.exists() or not aside.exists() else aside
 
 
+@contextlib.contextmanager
 def lock_folder(path):
-    """Reserve a folder, which need not exist, for this process. The lock ends with release() or with the process, even
-    if it crashes. Raises UserError if another process holds it."""
+    """Reserve a folder, which need not exist, for this process: until the end of `with`, or of the process if it
+    crashes. Raises UserError if another process has reserved it."""
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
@@ -50,7 +52,12 @@ def lock_folder(path):
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(f"{path}: another process is writing to it: wait, stop that process, or name another") from None
-    return lock
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows cannot delete an open file
+            os.unlink(lock.lock_file)
+        lock.release()
 
 
 def fsync(path):

@@ -1,5 +1,6 @@
 """A run's folder: out/<run>/ with the checkpoints last/ and best/, and the state from which a run resumes."""
 
+import contextlib
 import math
 import os
 import shutil
@@ -36,10 +37,10 @@ class RunFolder:
     Rank 0 writes. A write that fails, such as on a full disk, is reported and kept in `errors`; training goes on."""
 
     def __init__(self, out_dir, init_from):
-        self.path, self.errors, self.lock = Path(out_dir), [], None
+        self.path, self.errors, self.lock = Path(out_dir), [], contextlib.ExitStack()
         if get_rank() == 0:
             init_from = resolve_init_from(out_dir, init_from)  # again, for callers that skip main()
-            self.lock = lock_folder(self.path)
+            self.lock.enter_context(lock_folder(self.path))
             if init_from != "resume" and self.path.exists() and any(self.path.iterdir()):
                 aside = self.path.with_name(f"{self.path.name}-{time.strftime('%Y%m%d-%H%M%S')}")
                 os.replace(self.path, aside)
@@ -54,8 +55,7 @@ class RunFolder:
         return self
 
     def __exit__(self, *_):
-        if self.lock:
-            self.lock.release()
+        self.lock.close()
 
     def try_write(self, write, *args):
         """Call write(*args) on rank 0. Report an OSError and go on."""
@@ -87,22 +87,25 @@ def resolve_init_from(out_dir, init_from):
     could not be moved aside, or that is no run of ours."""
     with user_errors(f"--out_dir={out_dir!r}"):
         path = Path(out_dir)
-        if path.exists() and get_rank() == 0:
-            lock_folder(path).release()  # no other run may live there
         is_restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # after a crash, by --max-restarts
         job = path / ".job"
         is_same_job = job.exists() and job.read_text() == os.environ.get("TORCHELASTIC_RUN_ID")
         if is_restarted and is_same_job and latest_intact_dir(path / "last").exists():
             return "resume"
-        if init_from == "resume" or not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return init_from
         resolved = path.resolve()
-        if not any((resolved / name).exists() for name in ("log.jsonl", "last", "best", ".job")):
+        if init_from == "resume":
+            pass
+        elif not any((resolved / name).exists() for name in ("log.jsonl", "last", "best", ".job")):
             raise UserError(f"--out_dir={out_dir}: has files in it that are no run of ours: name another folder")
-        if path.is_symlink() or os.path.ismount(resolved) or Path.cwd().is_relative_to(resolved):
+        elif path.is_symlink() or os.path.ismount(resolved) or Path.cwd().is_relative_to(resolved):
             raise UserError(f"--out_dir={out_dir}: the run in it cannot be moved aside: name another folder")
-        if Path(init_from).resolve().is_relative_to(resolved):
+        elif Path(init_from).resolve().is_relative_to(resolved):
             raise UserError(f"--out_dir={out_dir}: contains the model to start from: name another folder")
+        if get_rank() == 0:
+            with lock_folder(path):  # no other run may live there
+                pass
     return init_from
 
 

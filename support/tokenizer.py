@@ -64,11 +64,14 @@ class Tokenizer:
         self.text_ids = {*ids, *plain} - {*special.values()}
         self.vocab_size = 1 + max(*self.text_ids, self.eot, self.bos)
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)  # in the bins
-        self.bpe = None if plain else byte_level_bpe(spec, special)
-        self.hf = None if self.bpe else tokenizers.Tokenizer.from_str(json.dumps(spec))
-        if self.hf:
-            self.hf.encode_special_tokens = True  # their names are text
-            check_pieces(self)
+        self.hf = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        self.hf.encode_special_tokens = True  # their names are text
+        for token in spec["added_tokens"]:  # `tokenizers` numbers them without gaps, whatever the file says
+            name, i = token["content"], token["id"]
+            if i in self.text_ids and (found := self.hf.token_to_id(name)) != i:
+                raise ValueError(f"the added token {name!r} has the id {i}, but other programs read {found}")
+        self.bpe = None if plain else byte_level_bpe(spec, special)  # faster
+        check_pieces(self)
 
     @classmethod
     def load(cls, path):
@@ -88,12 +91,10 @@ class Tokenizer:
 
     def save(self, path):
         """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer opens."""
-        hf = tokenizers.Tokenizer.from_str(json.dumps(self.spec))
-        if hf.encode("a").ids[:1] != [self.bos]:  # so that other programs too begin a text with the bos token
-            hf.post_processor = processors.TemplateProcessing(
-                f"{self.bos_token} $A", special_tokens=[(self.bos_token, self.bos)]
-            )
-            self.spec["post_processor"] = json.loads(hf.to_str())["post_processor"]
+        if self.hf.encode("a").ids[:1] != [self.bos]:  # so that other programs too begin a text with the bos token
+            first = [(self.bos_token, self.bos)]
+            self.hf.post_processor = processors.TemplateProcessing(f"{self.bos_token} $A", special_tokens=first)
+            self.spec["post_processor"] = json.loads(self.hf.to_str())["post_processor"]
         (path / "tokenizer.json").write_text(json.dumps(self.spec, ensure_ascii=False), encoding="utf-8")
         names = {"bos_token": self.bos_token, "eos_token": self.eot_token, "pad_token": self.pad_token}
         # other classes build a tokenizer of their own, whose first token may differ
@@ -153,9 +154,11 @@ def byte_level_bpe(spec, special):
     model, split = {"type": "BPE"} | spec["model"], spec.get("pre_tokenizer") or {}
     steps = split.get("pretokenizers", [split])
     *before, last = steps
-    if model["type"] != "BPE" or spec.get("normalizer") or last.get("type") != "ByteLevel" or last["add_prefix_space"]:
+    if model["type"] != "BPE" or spec.get("normalizer") or (spec.get("decoder") or {}).get("type") != "ByteLevel":
         return None
-    if model.get("byte_fallback") or model.get("dropout") or len(before) + last.get("use_regex", True) != 1:
+    if last.get("type") != "ByteLevel" or last["add_prefix_space"] or len(before) + last.get("use_regex", True) != 1:
+        return None
+    if model.get("byte_fallback") or model.get("dropout"):
         return None
     pattern = GPT2_PATTERN
     if before:

@@ -4,10 +4,14 @@ import contextlib
 import errno
 import fcntl
 import os
+import subprocess
+import sys
 
 import pytest
+from conftest import HOME
 
-from support.files import atomic_replace_dir, fsync, write_atomically
+from support.files import atomic_replace_dir, fsync, lock_folder, write_atomically
+from support.settings import UserError
 
 
 def test_files_are_synced_on_windows_too(tmp_path, monkeypatch):
@@ -52,3 +56,21 @@ def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(tmp_path, mo
     with pytest.raises(OSError):
         write_atomically(tmp_path / "log", b"new")
     assert (tmp_path / "log").read_text() == "old" and os.listdir(tmp_path) == ["log"]
+
+
+def test_a_folder_is_locked_while_a_process_lives(tmp_path):
+    """Two runs with one out_dir once moved each other's folder aside, and their logs mixed."""
+    code = "import time; from pathlib import Path; from support.files import lock_folder; "
+    code += (
+        f"x = lock_folder(Path({str(tmp_path / 'run')!r})); x.__enter__(); print('locked', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=HOME, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"locked\n"
+    with pytest.raises(UserError, match="another process is writing to it"), lock_folder(tmp_path / "run"):
+        pass
+    holder.kill()  # a crash frees the folder
+    holder.wait()
+    for _ in range(2):
+        with lock_folder(tmp_path / "run"):
+            pass
+    assert not list(tmp_path.iterdir())

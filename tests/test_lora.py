@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -41,11 +42,13 @@ from lora import (
     TuneConfig,
     add_lora,
     cast_base_weights,
+    choose_template,
     fill_in,
     load_adapter,
     lora_layers,
     merge_lora,
     open_records,
+    report,
     save_adapter,
     template_of,
 )
@@ -205,6 +208,23 @@ def test_a_base_stored_in_bfloat16_gives_the_same_gradients():
     assert {p.dtype for name, p in model.named_parameters() if "base_layer" not in name} == {torch.float32}
 
 
+def test_a_published_embedding_is_stored_in_bfloat16_and_computes_the_same():
+    """Its values are bfloat16 anyway. It is most of a small Gemma: 168M of 268M parameters."""
+    x, results = random_tokens(2, 20), []
+    for dtype in (torch.float32, torch.bfloat16):
+        _, model = adapted()
+        embedding = model.model.embed_tokens
+        embedding.weight.data = embedding.weight.bfloat16().float()
+        cast_base_weights(model, dtype)
+        assert embedding.weight.dtype == dtype
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(x, x)
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert all(map(torch.equal, *results))
+    assert len(list(model.generate(x, 2))) == 2
+
+
 def test_flops_of_frozen_weights_count_less():
     """MFU once counted a LoRA step as a step that trains all weights, which is half as much again."""
     config = GemmaConfig(vocab_size=512, hidden_size=64, intermediate_size=256, num_hidden_layers=6, head_dim=16,
@@ -287,22 +307,42 @@ def test_every_response_of_a_conversation_is_learned():
     assert x.tolist() == ids[:-1] and y.tolist() == labels
 
 
-def test_long_records_lose_the_beginning_of_the_prompt_or_are_dropped():
-    """So no record has only masked labels, which trl reported as loss 0 (trl 6668)."""
-    long = "word " * 80
-    records = [(long, "", "hello"), ("Say hi.", "", long), ("Say hi.", "", "hello"), ("Say", "", "")]
-    task = tuning([*records, [("Say hi.", "", long), ("Say", "", "hello")]], max_length=40)
-    assert task.dropped == 4 and len(task.train_set) == 3  # two of five, in training and held-out records
-    for ids, labels in (task.train_set[0], task.train_set[2]):
-        is_response = labels != -100
-        assert len(ids) <= 40 and ids[0] == TOKENIZER.eot and not is_response[0]
-        assert TOKENIZER.decode(ids[~is_response].tolist()).endswith("\nResponse:")
-        assert TOKENIZER.decode(ids[is_response].tolist()) == " hello"  # a response that lost its beginning is no label
-    assert len(task.train_set[0][0]) == 40
-    for x, y in unpacked(task.validation_sets()["val"]):
-        assert (y != -100).any() and len(x) < 40
+LONG = "word " * 80
+
+
+@pytest.mark.parametrize(
+    "turns, kept",
+    [
+        ([("Say hi.", "", "hello")], [("Say hi.", "", "hello")]),
+        ([("a", "", LONG), ("b", "", "c")], [("b", "", "c")]),  # the oldest turn goes
+        ([("a", "", "b"), (LONG, "", "c")], None),  # neither an instruction nor a response is cut
+        ([("a", "", LONG)], None),
+        ([("a", "", "")], None),
+        ([("a", "", "b"), ("c", "", " ")], None),  # no response to learn
+    ],
+)
+def test_long_conversations_lose_old_turns_but_never_an_instruction_or_a_response(turns, kept):
+    """The beginning was cut, which is the instruction itself, and nothing was said. No record has only masked labels,
+    which trl reported as loss 0 (trl 6668)."""
+    task = tuning([[("Say", "", "hello")]], max_length=40)
+    shortened = task.shorten(talk(turns))
+    assert shortened == (kept and talk(kept))
+    task = tuning([[("Say", "", "hello")], turns], max_length=40)
+    assert (task.cut, task.dropped) == (2 * (kept not in (None, turns)), 2 * (kept is None))  # in both splits
+    assert all(len(ids) <= 40 for ids, _ in task.train_set)
+
+
+def test_a_long_input_loses_its_end_and_a_system_message_stays(capsys):
+    task = tuning([[("Say", "", "hello")]], max_length=40)
+    (user, assistant) = task.shorten(talk([("Say hi.", LONG, "hello")]))
+    assert (user["content"], assistant["content"]) == ("Say hi.", "hello")
+    assert LONG.startswith(user["input"]) and len(user["input"]) > 20
+    assert len(encode_conversation(TOKENIZER, [user, assistant], task.template)[0]) > 30
+    messages = talk([("a", "", LONG), ("b", "", "c")])
+    messages[0]["system"] = "Rhyme."
+    assert task.shorten(messages)[0]["system"] == "Rhyme."
     with pytest.raises(UserError, match="no train record has a response within 40 tokens"):
-        tuning([("Say hi.", "", long)], max_length=40)
+        tuning([("Say hi.", "", LONG)], max_length=40)
 
 
 def test_batches_have_one_shape_and_hold_every_record_once():
@@ -328,15 +368,23 @@ def test_answers_come_in_the_order_of_their_prompts():
     assert together == alone and len(set(alone)) > 4
 
 
-@pytest.mark.parametrize("count, steps", [(50, 100), (200, 150), (1100, 300), (12_000, 300)])
+@pytest.mark.parametrize("count, steps", [(20, 50), (50, 50), (200, 100), (1100, 200), (12_000, 200)])
 def test_defaults_suit_any_number_of_records(count, steps):
     task = tuning([("Say hi.", "", "hello")] * count, max_tokens_per_batch=10**6)
     cfg = fill_in(task, {})
-    assert cfg.max_iters == pytest.approx(steps, rel=0.1) and cfg.learning_rate == 1 / 32
+    assert cfg.max_iters == pytest.approx(steps, rel=0.1) and cfg.learning_rate == 1 / 32  # a toy's
     assert cfg.eval_interval == pytest.approx(count / max(4, count / 100), rel=0.1)
     assert warmup_steps(cfg) == cfg.max_iters / 20
     task.cfg = TuneConfig(learning_rate=1.0, max_iters=7)
     assert (fill_in(task, {}).max_iters, fill_in(task, {}).learning_rate) == (7, 1.0)
+
+
+@pytest.mark.parametrize("width, rank, rate", [(32, 8, 1 / 32), (192, 8, 100 / 192**2), (640, 8, 100 / 640**2),
+                                               (1152, 8, 2e-4), (640, 0, 10 / 640**2)])  # fmt: skip
+def test_the_default_rate_suits_google_s_models_and_toys(width, rank, rate):
+    task = tuning([("Say hi.", "", "hello")], rank=rank)
+    task.model.config.hidden_size = width
+    assert fill_in(task, {}).learning_rate == pytest.approx(rate)
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
@@ -513,6 +561,52 @@ def test_a_model_whose_only_end_token_is_the_end_of_a_turn_is_a_chat_model(tmp_p
     assert template_of(base, tokenizer) == tokenizer.config["chat_template"]
 
 
+def test_the_format_is_the_first_of_flag_adapter_model_and_alpaca(tmp_path, gemma):
+    """An adapter with its own chat template was prompted in Alpaca's format, and so was a model whose template ends a
+    turn with a token that generation_config.json does not name."""
+    tokenizer, adapter, model = Tokenizer.load(gemma), tmp_path / "adapter", tmp_path / "model"
+    adapter.mkdir()
+    model.mkdir()
+    assert choose_template("", [adapter, model], tokenizer)[0] == TEMPLATES["alpaca"]
+    assert "no chat template" in choose_template("", [model], tokenizer)[1]
+    several = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "of the model"}]
+    (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
+    assert choose_template("", [adapter, model], tokenizer) == ("of the model", f"the chat template of {model}")
+    (adapter / "chat_template.jinja").write_text(TEMPLATES["short"])
+    assert choose_template("", [adapter, model], tokenizer) == (TEMPLATES["short"], f"short of {adapter}")
+    assert choose_template("gemma", [adapter, model], tokenizer) == (TEMPLATES["gemma"], "gemma (--template)")
+    (model / "tokenizer_config.json").write_text('{"chat_template": 3}')
+    with pytest.raises(UserError, match="chat template cannot be read: chat_template is int"):
+        choose_template("", [model], tokenizer)
+
+
+def test_records_of_a_folder_are_read_and_what_is_not_read_is_said(tmp_path, capsys):
+    record = {"instruction": "a", "output": "b", "id": 1}
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record | {"id": i}) + "\n" for i in range(6)))
+    (tmp_path / "b.csv").write_text("instruction,output\nc,d\ne,f\n")
+    (tmp_path / "c.txt").write_text("a text")
+    conversations = open_records(LoraConfig(data=str(tmp_path)), seed=0)
+    assert sum(map(len, conversations)) == 8
+    printed = capsys.readouterr().out
+    assert "not read: column 'id' (6 times)" in printed and "(texts, not records): c.txt" in printed
+    (tmp_path / "d.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"text": "a"}\n{"text": "b"}\n{"instr')
+    with pytest.raises(UserError, match=r"3 of 12 records cannot be read, the first: d.jsonl, line 2: it has text"):
+        open_records(LoraConfig(data=str(tmp_path)), seed=0)
+    (tmp_path / "one.jsonl").write_text('{"instruction": "a", "output": "b"}')
+    with pytest.raises(UserError, match="needs at least two records"):
+        open_records(LoraConfig(data=str(tmp_path / "one.jsonl")), seed=0)
+
+
+@pytest.mark.parametrize("losses, found", [([3.0, 2.0, 1.0], False), ([3.0, 1.0, 2.0], True), ([1.0, 1.005], False)])
+def test_the_report_says_when_the_last_checkpoint_is_worse_than_the_best(tmp_path, losses, found, capsys):
+    task = tuning([("Say hi.", "", "hello")])
+    task.cfg = replace(task.cfg, out_dir=str(tmp_path))
+    events = [{"event": "eval", "step": i, "val_loss": loss} for i, loss in enumerate(losses)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    report(task, SimpleNamespace(before=({}, []), best_val_loss=min(losses), step=2), ({}, []))
+    assert ("overfitting: the response loss was 1.0000 at step 1" in capsys.readouterr().out) == found
+
+
 @pytest.mark.parametrize("word", "abcdefgh")
 def test_one_of_two_records_is_held_out(tmp_path, word):
     records = [{"prompt": f"Say {word} {i}.", "completion": f"{word} {i}"} for i in range(2)]
@@ -530,11 +624,11 @@ def test_one_of_two_records_is_held_out(tmp_path, word):
         (["--template=none"], "must be one of alpaca"),
         (["--rank=-1"], "at least 0"),
         (["--max_length=600", "--max_tokens_per_batch=600"], "exceeds max_position_embeddings=512"),
-        (["--data=odd.jsonl"], "known are instruction/input/output"),
+        (["--data=odd.jsonl"], "1 of 1 records cannot be read, the first: odd.jsonl, line 1: it has ask, tell"),
     ],
 )
 def test_mistakes_end_in_one_line(project, args, message):
-    (project / "odd.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    (project / "odd.jsonl").write_text('{"ask": "a", "tell": "b"}\n')
     with pytest.raises(UserError, match=message) as found:
         tune(project, "mistake", *args)
     assert "\n" not in str(found.value)

@@ -316,11 +316,14 @@ def test_a_compiled_step_makes_the_same_tokens():
     prompts = [random_tokens(config, 2, n) for n in (1, 5, 20)]
     eager = [torch.stack(list(model.generate(prompt, 30, temperature=0)), 1) for prompt in prompts]
     model.compile_step()
+    torch._dynamo.reset()
+    counters.clear()
     try:
         compiled = [torch.stack(list(model.generate(prompt, 30, temperature=0)), 1) for prompt in prompts]
     finally:
         torch._inductor.config.freezing = False
     assert all(map(torch.equal, eager, compiled))
+    assert counters["stats"]["unique_graphs"] == 1  # it once compiled again for each length
 
 
 def test_tensors_that_a_compiled_step_changes_have_static_addresses():
@@ -515,7 +518,7 @@ def test_another_activation_is_one_line(tmp_path, monkeypatch):
     x = random_tokens(model.config, 2, 20)
     assert (model(x) - peer_of(model, tmp_path)(x).logits).abs().max() < 1e-4
     monkeypatch.delitem(ACTIVATIONS, "relu2")
-    with pytest.raises(ValueError, match="hidden_activation='relu2' must be one of gelu_pytorch_tanh"):
+    with pytest.raises(ValueError, match=r"hidden_activation='relu2' must be \['gelu_pytorch_tanh'\]"):
         Gemma.from_pretrained(tmp_path)
 
 
@@ -774,6 +777,36 @@ def test_configs_of_transformers_are_read_in_the_old_style_and_the_new():
     assert config_from_dict(old | {"sliding_window_pattern": 6}) == read
     assert (read.rope_theta, read.rope_local_base_freq, read.rope_linear_factor) == (5e5, 2e4, 8.0)
     assert read.layer_types == [SLIDING] * 5 + [FULL, SLIDING]
+
+
+@pytest.mark.parametrize("prefix", ["", "language_model."])
+def test_a_head_saved_beside_the_tied_embedding_must_be_the_embedding(tmp_path, prefix):
+    model = random_model(small())
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    head = weights["model.embed_tokens.weight"].clone()
+    for weights["lm_head.weight"], good in ((head, True), (head + 1, False), (head[:5], False)):
+        save_file({prefix + name: w.contiguous() for name, w in weights.items()}, tmp_path / "model.safetensors")
+        refusal = pytest.raises(ValueError, match="is not the embedding")
+        with contextlib.nullcontext() if good else refusal:
+            read = Gemma.from_pretrained(tmp_path)
+            torch.testing.assert_close(read.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "rope, message",
+    [
+        ({"rope_parameters": {FULL: {}, SLIDING: {"rope_type": "linear", "factor": 4.0}}}, "in sliding layers"),
+        ({"rope_parameters": {FULL: {}, SLIDING: {"rope_type": "yarn", "factor": 4.0}}}, "in sliding layers"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rename 'type' to 'rope_type'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "'dynamic'"),
+    ],
+)
+def test_rope_that_would_be_computed_otherwise_is_refused(rope, message):
+    """Scaled sliding layers were read as unscaled: logits differed by 1.2."""
+    config = {key: value for key, value in config_to_dict(small()).items() if not key.startswith("rope")}
+    with pytest.raises(ValueError, match=message):
+        config_from_dict(config | rope)
 
 
 def test_a_field_that_you_add_replaces_a_constant_of_gemma_3(tmp_path, monkeypatch):

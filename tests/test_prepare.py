@@ -9,6 +9,7 @@ import types
 
 import numpy as np
 import pytest
+import tokenizers
 from conftest import SHARED, STORIES, documents_of, prepared, run_script, write_corpus
 
 import prepare
@@ -70,7 +71,7 @@ def test_large_vocabularies_are_stored_as_uint32(workspace):
     ranks = {bytes([byte]): byte for byte in range(256)}
     how = {"pat_str": GPT2_PATTERN, "mergeable_ranks": ranks, "special_tokens": {"<eos>": 70_000}}
     spec = spec_of_tiktoken(prepare.tiktoken.Encoding("gpt2", **how))
-    spec["pre_tokenizer"]["add_prefix_space"] = True
+    spec["normalizer"] = {"type": "NFC"}
     (workspace / "big.json").write_text(json.dumps(spec))
     write_corpus(workspace / "c.txt")
     path, meta = prepared(dataset="c.txt", tokenizer="big.json")
@@ -141,7 +142,7 @@ def test_the_last_tenth_of_tiny_shakespeare_is_held_out(workspace, capsys):
 )
 def test_any_plain_text_is_split_without_loss(workspace, text):
     (workspace / "c.txt").write_text(text, newline="")
-    assert whole_text(*prepared(dataset="c.txt", val_fraction=0.25))[2] == text.strip()
+    assert whole_text(*prepared(dataset="c.txt", val_fraction=0.25))[2] == text.replace("\r\n", "\n").strip()
 
 
 @pytest.mark.parametrize("val_fraction, held_out", [(None, 3), (0.01, 1)])
@@ -183,8 +184,8 @@ def test_few_documents_get_a_validation_split_too(workspace, capsys, fraction):
         ("c.txt", b" \n<|endoftext|>\n ", {}, "no text in it"),
         ("c.txt", b" \n\n ", {}, "no text in it"),
         ("c.txt", b"a", {}, "too short to hold out 0.1 of it"),
-        ("c.jsonl", b"", {}, "not readable as jsonl, or empty"),
-        ("c.jsonl", b'{"story": "x"}\n', {}, "no text in a column 'text'; choose --text_column from story (str)"),
+        ("c.jsonl", b"", {}, "no text in it"),
+        ("c.jsonl", b'{"story": "x"}\n', {}, "no text in a column 'text'; it has story (str)"),
         ("c.jsonl", b'{"text": 3}\n', {}, "text (int)"),
         ("c.json", b"[1, 2", {}, "not readable as json"),
         ("c.parquet", b"nonsense", {}, "not readable as parquet"),
@@ -203,7 +204,7 @@ def test_few_documents_get_a_validation_split_too(workspace, capsys, fraction):
         ("c.txt", b"one text", {"dataset": "no/such/path"}, "no such file"),
         ("c.txt", b"one text", {"dataset": "a**"}, "no such file"),
         ("c.txt", b"one text", {"dataset": "a\0b"}, "no such file"),
-        ("c.txt", b"one text", {"dataset": "data"}, "no .txt, .jsonl, .json, .parquet file here"),
+        ("c.txt", b"one text", {"dataset": "data"}, "no .txt, .md, .jsonl, .ndjson, .json, .csv"),
         ("c.txt", b"one text", {"dataset": "nobody/nothing"}, "not downloaded from the Hugging Face Hub"),
     ],
 )
@@ -347,3 +348,20 @@ def test_text_may_be_larger_than_the_memory(project, dataset):
     run_script(project, "prepare.py", f"--dataset={dataset}", "--tokenizer=bpe:1000", "--name=free", timeout=600)
     limited, free = (bins(project / "data" / name) for name in ("limited", "free"))
     assert limited == free
+
+
+def test_characters_that_the_tokenizer_loses_are_reported_and_count_for_nothing(workspace, capsys):
+    """A vocabulary without bytes dropped them in silence, and bits per byte came out too low."""
+    letters = {c: i for i, c in enumerate("abcdefghijklmnopqrstuvwxyz .")}
+    spec = json.loads(tokenizers.Tokenizer(tokenizers.models.BPE(letters, [])).to_str())
+    spec["decoder"] = {"type": "Fuse"}
+    spec["added_tokens"] = [{"id": len(letters), "content": "<|endoftext|>", "single_word": False, "lstrip": False,
+                             "rstrip": False, "normalized": False, "special": True}]  # fmt: skip
+    (workspace / "tok.json").write_text(json.dumps(spec))
+    (workspace / "c.txt").write_text("<|endoftext|>".join(["na\u00efve fox", *(f"a fox {c}" for c in "abcdefghij")]))
+    path, meta = prepared(dataset="c.txt", tokenizer="tok.json", val_fraction=0.3)
+    printed = capsys.readouterr().out
+    assert meta["train"]["changed"] + meta["val"]["changed"] == 1 and "1 by the tokenizer" in printed
+    assert "'na\u00efve fox' becomes 'nave fox'" in printed
+    for split in ("train", "val"):
+        assert meta[split]["bytes"] == sum(len(text) for text in documents_of(path, meta, split))

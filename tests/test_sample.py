@@ -96,6 +96,8 @@ def test_interactive_mode_asks_again_and_again(project):
         (["--model=data"], "not a Gemma 3 model directory"),
         (["--start=FILE:none.txt"], "none.txt"),
         (["--temperature=-1"], "at least 0"),
+        (["--temperature=1e-40"], "between 1e-06 and 1000000.0"),
+        (["--template=chatml"], "template='chatml' must be one of alpaca, short, gemma"),
         (["--top_p=0"], "between 1e-06 and 1"),
         (["--num_samples=0"], "at least 1"),
         (["--start=" + "fox " * 700], "512 positions"),

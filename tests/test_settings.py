@@ -10,6 +10,7 @@ import pytest
 from conftest import HOME, fails, run_script, settings_of
 
 from support.settings import UserError, configure, usage
+from train import PretrainConfig
 
 
 @dataclass
@@ -136,3 +137,12 @@ def test_help_shows_inherited_settings_with_their_comments():
     text = usage([TuneConfig])
     assert "--momentum=0.95" in text and "decay of the mean gradient" in text  # from train.py
     assert text.count("--learning_rate") == 1 and "hidden_size" in text  # from lora.py
+
+
+def test_a_tilde_in_a_path_is_the_home_folder():
+    """The shell leaves the ~ of --out_dir=~/x as it is, and a folder named ~ was made."""
+    (cfg,) = configure([PretrainConfig], ["--dataset=~/a", "--compare=~/a,~/b", "--sample_prompt=~/a"])
+    home = os.path.expanduser("~")
+    assert (cfg.dataset, cfg.compare, cfg.sample_prompt) == (f"{home}/a", f"{home}/a,{home}/b", "~/a")
+    with pytest.raises(UserError, match="sample_prompt is not UTF-8: caf"):
+        configure([PretrainConfig], ["--sample_prompt=caf\udce9"])

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from support.tokenizer import END_OF_TEXT, Tokenizer, spec_of_tiktoken, train_bpe
+from support.settings import UserError
+from support.tokenizer import END_OF_TEXT, Tokenizer, spec_of_tiktoken, split_long_words, train_bpe
 
 STORY = "Once upon a time, there was a fox. It said: 'I'll go!'\n\nÜber naïve café 12345 Ω \t a  — 你好 🦊"
 
@@ -118,3 +119,87 @@ def test_documents_encoded_together_equal_documents_encoded_one_by_one():
     for texts in (STORIES, [*STORIES, f"an {END_OF_TEXT} in a text"]):
         expected = [i for text in texts for i in [*tokenizer.encode(text), tokenizer.eot]]
         assert tokenizer.encode_documents(texts).tolist() == expected
+
+
+def with_added(*contents, **changes):
+    """Return the small tokenizer with tokens that are not special, numbered after its own."""
+    spec = trained().spec
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    first = 1 + max(token["id"] for token in spec["added_tokens"])
+    added = [{"id": first + i, "content": content, **flags} for i, content in enumerate(contents)]
+    return spec | {"added_tokens": spec["added_tokens"] + added} | changes
+
+
+def test_added_tokens_that_are_not_special_are_found_in_text():
+    """tokenizer.add_tokens() makes them. They were cut into pieces, and drawing one of their ids was a KeyError."""
+    tokenizer = Tokenizer(with_added("    ", "[ADA]"))
+    text = "    [ADA] said hi"
+    ids = tokenizer.encode(text).tolist()
+    first = tokenizer.eot + 1
+    assert ids == hf_ids(tokenizer, text) and ids[:2] == [first, first + 1] and tokenizer.decode(ids) == text
+
+
+LLAMA = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": True}
+REPLACE = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+STRIPPING = {"type": "Sequence", "decoders": [REPLACE, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pre_tokenizer": LLAMA, "decoder": STRIPPING},
+        {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
+        {"normalizer": {"type": "Prepend", "prepend": "_"}},
+        {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}},
+    ],
+)
+def test_a_tokenizer_that_cannot_continue_a_text_is_refused(changes):
+    """Words were joined where a decoder strips the space at the start of a text, as Llama 2's does."""
+    with pytest.raises(ValueError, match="so a text cannot be continued"):
+        Tokenizer(with_added(**changes))
+
+
+@pytest.mark.parametrize("post_processor", [None, {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False,
+                                                  "use_regex": True}])  # fmt: skip
+@pytest.mark.parametrize("saved_class", [None, "GPT2Tokenizer"])
+def test_transformers_begins_a_text_with_the_token_that_sample_begins_with(tmp_path, post_processor, saved_class):
+    """GPT-2's own post-processor adds no token, so AutoTokenizer on our export began without one."""
+    tokenizer = Tokenizer(
+        with_added(post_processor=post_processor), {"tokenizer_class": saved_class} if saved_class else {}
+    )
+    tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)("the fox").input_ids
+    assert theirs == [tokenizer.bos, *tokenizer.encode("the fox")]
+    Tokenizer.load(tmp_path).save(tmp_path)  # and once more changes nothing
+    assert AutoTokenizer.from_pretrained(tmp_path)("the fox").input_ids == theirs
+
+
+@pytest.mark.parametrize("sign", [" ", "\n", "a", "7", "^", "_", "\u3000", "你"])
+def test_a_giant_word_is_encoded_in_no_time(sign):
+    """A million letters took hours, and a million spaces ended in "Max stack size exceeded"."""
+    tokenizer, text = trained(), "the fox" + sign * 300_000 + "the crow"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(tokenizer.encode_documents([text, "the fox"])) == text + "the fox"
+    train_bpe([text, STORY], 300)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.text(alphabet="ab \n.7_é你", min_size=1, max_size=900), min_size=5, max_size=20))
+def test_a_long_text_of_ordinary_words_is_not_cut(parts):
+    text = ". ".join(parts)
+    assert split_long_words(text) == [text]
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused():
+    tokenizer = Tokenizer(with_added("<hero>"))
+    tokenizer.check_rows(tokenizer.vocab_size)
+    with pytest.raises(UserError, match=f"{tokenizer.eot + 2} entries do not fit into vocab_size={tokenizer.eot + 1}"):
+        tokenizer.check_rows(tokenizer.eot + 1)
+
+
+def test_an_added_token_that_other_programs_would_number_otherwise_is_refused():
+    spec = with_added("<hero>")
+    spec["added_tokens"][-1]["id"] += 5
+    with pytest.raises(ValueError, match=r"'<hero>' has the id .* but other programs read"):
+        Tokenizer(spec)
