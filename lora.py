@@ -55,17 +55,17 @@ class LoraConfig:
     rank: int = 8  # rank of the adapters; 0: train all weights instead
     alpha: float = 16.0  # adapter output is scaled by alpha / rank
     target_modules: str = "all-linear"  # linear layers that get an adapter, such as q_proj,v_proj
-    lora_dropout: float = 0.0  # on the adapters' input
-    epochs: float = 0.0  # passes over the records; 0: 2, or as many as make 50 steps
+    lora_dropout: float = 0.0  # dropout on the adapters' input
+    epochs: float = 0.0  # passes over the records; 0: 2, or more to reach 50 steps
     max_records: int = 0  # use this many records; 0: all (fables: 12,000)
     max_length: int = 512  # tokens of a conversation; a longer one loses its oldest turns, then the end of its input
-    max_tokens_per_batch: int = 4096  # several records share a row
-    batch_size: int = 0  # records per batch, about; 0: a hundredth of them, at least 4, if max_tokens_per_batch allows
-    val_fraction: float = 0.05  # share of the records held out; more of few records, to have about 8
-    num_checked: int = 1200  # held-out instructions to answer and check; before tuning, the first 240 of them
-    num_samples: int = 4  # answers shown before and after
-    top_k: int = 5  # for those answers
-    merge: bool = False  # at the end also save the best adapter merged into its model, to out_dir/merged
+    max_tokens_per_batch: int = 4096  # limit of a batch; several records share a row
+    batch_size: int = 0  # records per batch, about; 0: 1% of all, at least 4; max_tokens_per_batch may lower it
+    val_fraction: float = 0.05  # share of the records to hold out; more if that would be fewer than about 8
+    num_checked: int = 1200  # held-out instructions of a bundled corpus to check; before tuning, the first 240 only
+    num_samples: int = 4  # answers shown before and after tuning
+    top_k: int = 5  # the shown answers are drawn from the k likeliest tokens
+    merge: bool = False  # at the end, also save the model with the best adapter merged in, to out_dir/merged
 
     def __post_init__(self):
         check_template(self.template)
@@ -85,7 +85,7 @@ class TuneConfig(TrainConfig):
     init_from: str = ""  # the model to tune, a directory or a Hub id of a Gemma 3; or resume (out_dir/last)
     max_iters: int | None = None  # steps; by default epochs decides
     optimizer: str = "adamw"  # adamw or muon
-    learning_rate: float | None = None  # the peak; by default 2e-4, more for toy models, a tenth for all weights
+    learning_rate: float | None = None  # the peak; by default 2e-4, more for narrow models; a tenth of that with rank=0
     warmup_iters: float = 0.05  # steps of linear warmup; below 1: that share of max_iters
     cooldown_frac: float = 0.5  # share of max_iters over which schedule=wsd decays
     eval_interval: int | None = None  # steps between evaluations, each with a checkpoint; by default an epoch
@@ -95,8 +95,8 @@ class TuneConfig(TrainConfig):
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer with a low-rank addition: base(x) + scale * B(A(dropout(x))). For another kind of adapter
-    change forward() and merged() together, and the settings that save_adapter() and support/adapters.py know."""
+    """A frozen linear layer with a low-rank addition: base(x) + scale * B(A(dropout(x))). To add another kind of
+    adapter, change forward() and merged() together, and the settings in save_adapter() and support/adapters.py."""
 
     def __init__(self, base, rank, alpha, dropout=0.0):
         super().__init__()
@@ -114,15 +114,15 @@ class LoRALinear(nn.Module):
         return base + update.to(base.dtype)
 
     def merged(self):
-        """Return the weight of the plain layer that computes the same, in float32."""
+        """Return the float32 weight of a plain layer that computes the same."""
         return self.base_layer.weight.float() + self.lora_B.weight.float() @ self.lora_A.weight.float() * self.scale
 
 
 def add_lora(model, rank=8, alpha=16, dropout=0.0, target_modules="all-linear"):
     """Wrap linear layers of the model in LoRALinear, in place, and freeze all other parameters.
 
-    target_modules: "all-linear", or names that the layers' names end with, as "q_proj,mlp.up_proj" or a list of names.
-    Raises ValueError for a name that matches nothing."""
+    target_modules: "all-linear", or the ends of layer names, such as "q_proj,mlp.up_proj" or a list of them. Raises
+    ValueError for a name that matches no layer."""
     if lora_layers(model):
         raise ValueError("the model has an adapter already: merge_lora(model) first")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -155,7 +155,7 @@ def lora_layers(model):
 
 # ---- instruction formats and records ---------------------------------------------------------------------------------
 
-# a user's content, after the content of a system message before it
+# a user's message, after the text of a system message if one comes before it
 ASKED = "{% if not loop.first and loop.previtem.role == 'system' %}{{ loop.previtem.content | trim + '\\n\\n' }}"
 ASKED += "{% endif %}{{ m.content | trim }}"
 # instruction formats: chat templates in Jinja, which transformers, vLLM and llama.cpp read too. A response ends with
@@ -225,12 +225,12 @@ def open_records(cfg, seed):
 
 # ---- instruction tuning ----------------------------------------------------------------------------------------------
 
-ROW_TOKENS = 2048  # longest row, unless a record is longer; the cost of full attention grows with the square
+ROW_TOKENS = 2048  # longest row, unless a record is longer; the cost of full attention grows with its square
 
 
 def pack(lengths, row_length):
-    """Pack records, given by their lengths, into rows. Return a list of record numbers for each row. The longest record
-    goes first, each into the row with the most room. No record may be longer than a row."""
+    """Pack records with these lengths into rows. Return a list of record numbers for each row. The longest records are
+    placed first, each in the row with the most room. No record may be longer than a row."""
     num_rows = math.ceil(sum(lengths) / row_length)
     while True:
         rows = [(0, row, []) for row in range(num_rows)]  # (tokens, row, records): a heap
@@ -243,7 +243,7 @@ def pack(lengths, row_length):
 
 
 def lengths_of(encoded):
-    """Return the positions that each record (ids, labels) takes in a row: its last token is only a label."""
+    """Return how many positions each record (ids, labels) takes in a row. Its last token is only a label."""
     return [len(ids) - 1 for ids, _ in encoded]
 
 
@@ -254,8 +254,8 @@ class InstructionTuning:
     memory_hint = "lower max_tokens_per_batch and raise gradient_accumulation_steps by the same factor"
 
     def __init__(self, lora_cfg, cfg, model, tokenizer, template, records, base_model="", base_fingerprint=None):
-        """template: text of a chat template. records: conversations to train on, and held-out ones. base_model: name of
-        the model that is tuned. base_fingerprint: of its weights, if an adapter is trained."""
+        """template: text of a chat template. records: (training conversations, held-out conversations). base_model:
+        name of the model to tune. base_fingerprint: fingerprint of its weights, if an adapter is trained."""
         self.lora_cfg, self.cfg, self.model, self.tokenizer = lora_cfg, cfg, model, tokenizer
         self.template, self.base_model, self.base_fingerprint = template, base_model, base_fingerprint
         self.end = end_of_response(tokenizer, template)
@@ -272,8 +272,8 @@ class InstructionTuning:
         self.val_rows = pack(val_lengths, self.row_length)
 
     def encode_all(self, conversations):
-        """Return [(ids, labels), ...] of the conversations that can be used, and these conversations. Labels are the
-        ids of responses, and -100 elsewhere."""
+        """Return [(ids, labels), ...] for the conversations that fit, and these conversations as they were cut. Labels
+        are the token ids in responses, and -100 elsewhere."""
         encoded, used = [], []
         for messages in conversations:
             if (shortened := self.shorten(messages)) is None:
@@ -316,7 +316,7 @@ class InstructionTuning:
         return rows, max(tokens // rows, *lengths, *lengths_of(self.val_set))
 
     def collate(self, encoded, rows):
-        """Return tokens, labels and doc_ids (B, T) of some rows, padded to a whole batch."""
+        """Return tokens, labels and doc_ids (B, T) of the given rows, padded to a whole batch."""
         shape = self.rows_per_batch, self.row_length
         x, y, doc_ids = (torch.full(shape, padding) for padding in (self.tokenizer.eot, -100, 0))
         for row, records in enumerate(rows):
@@ -344,7 +344,7 @@ class InstructionTuning:
         return {"val_loss": loss, "val_perplexity": perplexity}, line
 
     def answers(self, conversations, max_new_tokens, **sampling):
-        """Return the model's own last response to each conversation. max_new_tokens: a list with a limit for each."""
+        """Return the model's answer to the last instruction of each conversation. max_new_tokens: a limit for each."""
         limit, stops = self.model.config.max_position_embeddings, [self.end, self.tokenizer.eot]
         prompts = [encode_conversation(self.tokenizer, messages[:-1], self.template)[0] for messages in conversations]
         limits = [min(n, limit - len(ids)) for n, ids in zip(max_new_tokens, prompts, strict=True)]
@@ -410,11 +410,11 @@ def main(lora_cfg, cfg):
 
 
 def start_model(lora_cfg, cfg, conversations, device):
-    """Return the model to tune, with its adapters; the directory of its base; and the state to train it from."""
+    """Return (the model to tune, with its adapters; the directory of its base model; the state to start from)."""
     last, settings = latest_intact_dir(Path(cfg.out_dir) / "last"), asdict(lora_cfg) | asdict(cfg)
     fingerprint = hashlib.blake2b(json.dumps(conversations).encode()).hexdigest()
     if cfg.init_from in ("", "scratch"):
-        raise UserError("LoRA tunes a trained model: name its directory, as --init_from=out/fables/best")
+        raise UserError("LoRA tunes a trained model: name its directory, such as --init_from=out/fables/best")
     if cfg.init_from == "resume":
         if not last.is_dir():
             raise UserError(f"--init_from=resume: no checkpoint in {last}")
@@ -429,7 +429,7 @@ def start_model(lora_cfg, cfg, conversations, device):
     model = open_model(base, loading_device(cfg.fsdp, device))
     if lora_cfg.max_length > (limit := model.config.max_position_embeddings):
         raise UserError(f"max_length={lora_cfg.max_length} exceeds max_position_embeddings={limit}: lower it")
-    torch.manual_seed(cfg.seed)  # draws A
+    torch.manual_seed(cfg.seed)  # makes the random initial A repeatable
     if cfg.init_from == "resume" and lora_cfg.rank:
         check_base(last, base)
         with user_errors(last):
@@ -445,12 +445,12 @@ def start_model(lora_cfg, cfg, conversations, device):
 
 
 def fill_in(task, before):
-    """Return the settings, with max_iters, learning_rate and eval_interval filled in if they are None: from `before`,
-    the settings of the run that is resumed, or from the number of records and the size of the model."""
+    """Return the settings with max_iters, learning_rate and eval_interval filled in where they are None. The values
+    come from `before`, the settings of the resumed run, or from the number of records and the model's width."""
     lora_cfg, cfg = task.lora_cfg, task.cfg
     per_epoch = len(task.train_rows) / task.rows_per_batch / cfg.gradient_accumulation_steps
     max_iters = max(1, round(per_epoch * (lora_cfg.epochs or max(2, 50 / per_epoch))))
-    # narrow models bear more: 2e-4 for Google's (2.4e-4 for 270M), 2.7e-3 for the quick start's
+    # narrow models allow higher rates: 2e-4 for Google's (2.4e-4 for 270M), 2.7e-3 for the quick start's
     width = task.model.config.hidden_size
     rate = max(2e-4, min(100 / width, 1) / width) * (1.0 if lora_cfg.rank else 0.1)
     defaults = {"max_iters": max_iters, "learning_rate": rate, "eval_interval": math.ceil(per_epoch)}
@@ -519,7 +519,7 @@ def report(task, state, after):
             lines.append(f"{name}: {value:.4f} before, {results_after[name]:.4f} after")
     if last > 1.01 * best:
         lines.append(f"overfitting: the response loss was {best:.4f} at step {best_step}, the checkpoint above, and "
-                     f"{last:.4f} at step {last_step}: fewer epochs or a lower learning rate would do")  # fmt: skip
+                     f"{last:.4f} at step {last_step}: use fewer epochs or a lower learning rate")  # fmt: skip
     text = "\n".join(lines)
     print("\n" + text)
     with open(Path(task.cfg.out_dir) / "samples.txt", "a", encoding="utf-8") as f:
@@ -541,7 +541,7 @@ def save_merged(task, base, best):
 
 
 def count_parameters(model):
-    """Return (number of trained parameters, number of all)."""
+    """Return (number of trained parameters, number of all parameters)."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad), model.num_params()
 
 
@@ -569,18 +569,18 @@ def save_adapter(model, path, base_model="", weights=None):
 
 
 def adapter_names(model):
-    """Return {PEFT's name: our name} of the adapters' weights: every parameter of a LoRALinear but its base's."""
+    """Return {PEFT's name: our name} of the adapters' weights: every parameter of a LoRALinear outside its base."""
     parts = [(f"{name}.{part}", part) for name, layer in lora_layers(model) for part, _ in layer.named_parameters()]
     return {f"base_model.model.{name}": name for name, part in parts if not part.startswith("base_layer.")}
 
 
 def load_adapter(model, path, dropout=None):
-    """Put a PEFT adapter into a plain model, in place: into the layers that its weights name. Raises ValueError if it
-    does not fit or is not plain LoRA."""
+    """Add a PEFT adapter to a plain model, in place, at the layers that the adapter's weights name. Raises ValueError
+    if the adapter does not fit the model or is not plain LoRA."""
     config, weights = read_adapter_config(Path(path)), read_adapter_weights(Path(path))
     rank, alpha = config["r"], config["lora_alpha"]
     if {tuple(w.shape[:1]) for name, w in weights.items() if "lora_A" in name} != {(rank,)}:
-        raise ValueError(f"adapter_model.safetensors: lora_A is not of rank {rank} throughout")
+        raise ValueError(f"adapter_model.safetensors: lora_A is not of rank {rank} in every layer")
     dropout = config["lora_dropout"] if dropout is None else dropout
     targets = sorted({name.rpartition(".lora_")[0] for name in weights})
     add_lora(model, rank, alpha * rank**0.5 if config["use_rslora"] else alpha, dropout, targets)
@@ -595,7 +595,7 @@ def load_adapter(model, path, dropout=None):
 
 
 def load_checkpoint(model, path):
-    """Load a checkpoint of the model's own run into it: an adapter, or all weights. Every rank must call it."""
+    """Load a checkpoint of this run into the model: an adapter, or all weights. Every rank must call this function."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict  # slow to import
 
     weights, names = {}, adapter_names(model)
@@ -607,9 +607,9 @@ def load_checkpoint(model, path):
 
 
 def cast_base_weights(model, dtype):
-    """Store the frozen layers' weights in the dtype in which autocast multiplies them: the products are the same, in
-    bfloat16 they take half the memory, and no step needs a cast. Merging rereads the original weights from disk. Cast
-    only if every linear layer has an adapter: answers are made without autocast, which cannot mix dtypes."""
+    """Store the frozen layers' weights in the dtype to which autocast casts them. The products stay the same, bfloat16
+    takes half the memory, and no step needs a cast. Merging rereads the original weights from disk. Cast only if every
+    linear layer has an adapter, because answers are generated without autocast, where dtypes cannot mix."""
     layers, embedding = [layer for _, layer in lora_layers(model)], model.model.embed_tokens
     if 3 * len(layers) == sum(isinstance(module, nn.Linear) for module in model.modules()):  # base, A and B
         for layer in layers:
@@ -633,15 +633,15 @@ def template_of(path, tokenizer):
 
 
 def choose_template(name, paths, tokenizer):
-    """Return a chat template, and its name and where it is from: the one that --template names, or of the first of
-    some directories that has one, or alpaca."""
+    """Return a chat template, and its name and source for the user. `name`, from --template, decides; without it, the
+    first of the directories `paths` that has a template; without one, alpaca."""
     if name:
         return TEMPLATES[name], f"{name} (--template)"
     for path in paths:
         if template := template_of(path, tokenizer):
             known = [name for name, text in TEMPLATES.items() if text == template]
             return template, f"{known[0] if known else 'the chat template'} of {path}"
-    return TEMPLATES["alpaca"], f"alpaca, because {' and '.join(map(str, paths))} has no chat template"
+    return TEMPLATES["alpaca"], f"alpaca, because there is no chat template in {' or '.join(map(str, paths))}"
 
 
 def check_template(name):

@@ -1,13 +1,13 @@
 """
-Gemma 3, every component, in one file: configuration, layers, generation with its KV cache, loading and saving.
+All of Gemma 3 in one file: configuration, layers, generation with a KV cache, loading and saving.
 
     model = Gemma.from_pretrained("out/fables/best")           # any Gemma 3 directory in the Hugging Face format
     loss = model(tokens, labels)                               # (B, T), (B, T) -> mean cross-entropy in nats
     for token in model.generate(prompt, max_new_tokens=100):   # (B, T) -> a (B,) tensor per step
         ...
 
-Modules and settings have the names of transformers' Gemma3ForCausalLM, so its checkpoints load by a strict
-load_state_dict, and it opens ours. The mathematics follows google/gemma_pytorch (gemma/model.py) and
+Modules and settings have the same names as in transformers' Gemma3ForCausalLM. So a strict load_state_dict loads its
+checkpoints, and transformers opens ours. The mathematics follows google/gemma_pytorch (gemma/model.py) and
 transformers (modeling_gemma3.py).
 
 Letters in shapes: B batch, T time, C hidden_size, H attention heads, K key/value heads, D head_dim, V vocabulary.
@@ -27,10 +27,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 
-# The kinds of layers. A third one also needs its part in check_config(), forward()'s contexts, KVCache.slots and
-# valid_slots(), flops_per_token() and support/export_gguf.py
+# The kinds of layers. To add a third kind, also extend check_config(), the contexts in Gemma.forward(), KVCache.slots
+# and valid_slots(), flops_per_token() and support/export_gguf.py
 SLIDING, FULL = "sliding_attention", "full_attention"
-# x -> a tensor of the same shape, by transformers' names
+# activation functions by transformers' names: x -> a tensor of the same shape
 ACTIVATIONS = {
     # x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), with (1 + tanh y) / 2 written as sigmoid(2 y), which takes one exp
     "gelu_pytorch_tanh": lambda x: x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)),
@@ -48,17 +48,17 @@ class GemmaConfig:
     num_hidden_layers: int = 18  # blocks
     num_attention_heads: int = 4  # query heads
     num_key_value_heads: int = 1  # key/value heads, each shared by a group of query heads
-    head_dim: int = 256  # width of a head; not hidden_size / heads
-    query_pre_attn_scalar: int | None = None  # attention scale is this to the -1/2; None: head_dim
+    head_dim: int = 256  # width of a head; need not be hidden_size / num_attention_heads
+    query_pre_attn_scalar: int | None = None  # attention scores are divided by its square root; None: head_dim
     max_position_embeddings: int = 32768  # longest sequence
     sliding_window: int = 512  # a query of a sliding layer sees itself and the window - 1 tokens before it
-    sliding_window_pattern: int = 6  # every n-th layer attends to all tokens before, the others slide
+    sliding_window_pattern: int = 6  # every n-th layer attends to all earlier tokens, the others slide
     layer_types: list | None = None  # kind of each layer; None: from sliding_window_pattern
     rope_theta: float = 1_000_000.0  # RoPE base of full layers
     rope_local_base_freq: float = 10_000.0  # RoPE base of sliding layers
     rope_linear_factor: float = 1.0  # full layers divide positions by this (8 from Gemma 3 4B up)
-    rms_norm_eps: float = 1e-6  # inside every RMSNorm's root
-    bos_token_id: int | None = 2  # begins a text; from scratch, all three ids come from the tokenizer
+    rms_norm_eps: float = 1e-6  # added to the mean square in every RMSNorm
+    bos_token_id: int | None = 2  # begins a text; in training from scratch, the tokenizer sets all three ids
     eos_token_id: int | list | None = 1  # ends a text
     pad_token_id: int | None = 0  # fills up a batch
 
@@ -70,8 +70,8 @@ class GemmaConfig:
 
 
 def linear(x, weight, packed=None):
-    """x (..., in) times weight (out, in) -> (..., out). packed: (the weight as oneDNN reads it fastest for a few rows,
-    the version of the weight that was packed) or None. A CPU then takes about half the time, for the same bits."""
+    """Return x (..., in) times weight (out, in), shape (..., out). packed: None, or (the weight in oneDNN's layout for
+    few tokens, its version when it was packed), which halves the time on CPUs and gives the same bits."""
     if packed is None or packed[1] != weight._version:
         return F.linear(x, weight)
     return torch.ops.mkldnn._linear_pointwise(x, packed[0], None, "none", [], "")
@@ -87,7 +87,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * (1 + weight), computed in float32 and cast last, so that weight = 0 is the identity gain."""
+    """x / rms(x) * (1 + weight), computed in float32 and cast at the end. weight = 0 means a gain of 1."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -99,8 +99,8 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(positions, head_dim, base, factor):
-    """Cosines and sines of RoPE: positions (B or 1, T) -> two float32 tensors (B or 1, 1, T, D/2). The d-th pair turns
-    by base^(-2d/D) radians per position (Su et al. 2021); `factor` stretches positions (linear scaling)."""
+    """Return RoPE's cosines and sines for positions (B or 1, T): float32 tensors (B or 1, 1, T, D/2). Pair d rotates
+    by base^(-2d/D) radians per position (Su et al. 2021). Positions are divided by `factor` (linear scaling)."""
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = (positions.float() / factor)[:, None, :, None] / base**exponent
     return angles.cos(), angles.sin()
@@ -121,17 +121,17 @@ QUERY_BLOCK = 128  # queries in a block of blocked_attention()
 
 
 def blocked_attention(q, k, v, window, scale, dropout, doc_ids=None):
-    """Causal attention of q (B, H, T, D) to k, v (B, K, T, D). Each query sees the last `window` keys up to its own;
-    with doc_ids (B, T) only those of its own document.
+    """Causal attention of q (B, H, T, D) to k, v (B, K, T, D). Each query sees its own key and
+    the window - 1 keys before it; with doc_ids (B, T), only the keys of its own document.
 
-    A block of queries multiplies only the keys that one of them can see, so keys outside the window cost nothing. On
-    CPUs this is faster than PyTorch's flash kernel, most of all backward (tests/benchmark.py --job=attention)."""
+    Queries are multiplied in blocks, and only by keys that the block can see, so keys outside the window cost nothing.
+    On CPUs this is faster than PyTorch's flash kernel, above all backward (tests/benchmark.py --job=attention)."""
     (B, H, T, D), K = q.shape, k.shape[1]
-    # a CPU's vector holds as many int32 as float32, but half as many int64
+    # int32, because a CPU's vector register holds twice as many int32 as int64
     positions, blocks = torch.arange(T, device=q.device, dtype=torch.int32), []
     for start in range(0, T, QUERY_BLOCK):
         end, first = min(start + QUERY_BLOCK, T), max(0, start + 1 - window)
-        q_i = q[:, :, start:end].reshape(B, K, -1, D)  # heads that share keys make one product
+        q_i = q[:, :, start:end].reshape(B, K, -1, D)  # heads that share keys share one product
         scores = (q_i @ k[:, :, first:end].transpose(2, 3)).view(B, H, end - start, end - first).float() * scale
         distance = positions[start:end, None] - positions[first:end]
         hidden = (distance < 0) | (distance >= window)
@@ -144,8 +144,8 @@ def blocked_attention(q, k, v, window, scale, dropout, doc_ids=None):
 
 
 def flash_attention(q, k, v, window, scale, dropout, doc_ids):
-    """The same in one kernel, FlashAttention-2, for dropout 0 and doc_ids None alone. PyTorch's varlen_attn would take
-    doc_ids, but its gradients are wrong when PyTorch 2.11 compiles it (docs/gpu.md)."""
+    """blocked_attention() as one kernel, FlashAttention-2. Requires dropout 0 and doc_ids None. PyTorch's varlen_attn
+    could use doc_ids, but its gradients are wrong when PyTorch 2.11 compiles it (docs/gpu.md)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     T, more = q.shape[1], {"scale": scale, "window_size_left": window - 1, "window_size_right": 0}
     y, *_ = torch.ops.aten._flash_attention_forward(q, k, v, None, None, T, T, dropout, False, False, **more)
@@ -153,19 +153,19 @@ def flash_attention(q, k, v, window, scale, dropout, doc_ids):
 
 
 def cached_attention(q, k, v, window, scale, dropout, valid):
-    """Attention of one token's q (B, H, 1, D) to the slots of a KVCache, k and v (B, K, slots, D), for which `valid`
-    (slots,) is true. The cache holds no more than the window; dropout is not applied."""
-    grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[3])  # (B, K, H/K, D): heads that share keys make one product
+    """Attention of one token, q (B, H, 1, D), to the slots of a KVCache, k and v (B, K, slots, D), where `valid`
+    (slots,) is true. The cache holds no more than the window, so `window` is not used. Nor is `dropout`."""
+    grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[3])  # (B, K, H/K, D): heads that share keys share one product
     scores = (grouped @ k.transpose(2, 3)).float() * scale
     return (scores.masked_fill(~valid, -math.inf).softmax(-1).type_as(v) @ v).view(q.shape)
 
 
 class AttentionContext(NamedTuple):
-    """What the attention layers of one kind share in a forward pass, and how the kinds differ."""
+    """The arguments that all attention layers of one kind share in a forward pass. Each kind of layer has its own."""
 
-    rope: tuple  # of rope_table()
+    rope: tuple  # from rope_table()
     attend: Any  # blocked_attention, flash_attention or cached_attention
-    window: int  # how many keys a query sees, its own being the last
+    window: int  # how many keys each query sees, its own included
     mask: torch.Tensor | None  # doc_ids, or the valid slots of the cache
     cache: Any  # KVCache, or None
 
@@ -216,7 +216,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each with a norm before it and another after it, before the sum with the residual."""
+    """Attention, then MLP. Each has a norm before it and another one after it, and is then added to the residual."""
 
     def __init__(self, config, layer, dropout):
         super().__init__()
@@ -237,23 +237,23 @@ class Block(nn.Module):
 
 
 def select_labels(x, labels):
-    """Return the rows of x (N, C) that have a label, and their labels (N,). They are padded to whole quarters of N, so
-    that the compiled loss meets few shapes."""
+    """Return the positions of x (N, C) that have a label, and their labels, from labels (N,). Both are padded to a
+    multiple of N / 4, so that the compiled loss sees only four shapes."""
     quarter, rows = max(1, math.ceil(len(labels) / 4)), (labels != -100).nonzero()[:, 0]
     padding = (0, max(1, math.ceil(len(rows) / quarter)) * quarter - len(rows))
     return x.index_select(0, F.pad(rows, padding)), F.pad(labels[rows], padding, value=-100)
 
 
-CHUNK = 2**24  # logits that LinearCrossEntropy computes at once: 64 MB, and 128 MB for their gradients; GPUs: 8 times
+CHUNK = 2**24  # logits that LinearCrossEntropy computes at once: 64 MB, and 128 MB for their gradients; 8x on GPUs
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The head and its cross-entropy, summed over the labels that are not -100, without ever holding all logits, which
-    for B 32, T 1024 and a vocabulary of 50,304 would take 6.6 GB. forward() goes through the rows in chunks: it
-    computes a chunk's logits, its loss, and right away its gradients, which backward() then only scales.
+    """The head and its cross-entropy, summed over the labels that are not -100. It never holds all logits, because for
+    B 32, T 1024 and a vocabulary of 50,304 they would take 6.6 GB. forward() works in chunks of positions: it computes
+    a chunk's logits, its loss and at once its gradients. backward() only scales these gradients.
 
-    The gradient is written by hand. If you change the logits, change the line of `grad` with them; two tests in
-    tests/test_model.py notice if you forget: finite differences, and the same loss from Gemma.forward()'s logits."""
+    The gradient is written by hand. If you change the logits, change the line of `grad` too. Two tests in
+    tests/test_model.py check it: against finite differences, and against the loss of Gemma.forward()'s logits."""
 
     @staticmethod
     def forward(ctx, x, weight, labels, with_gradients):
@@ -271,7 +271,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits = F.linear(x_i, w).float()  # (rows, V)
             log_sum = logits.logsumexp(-1, keepdim=True)
             index, has_label = y.clamp(min=0), y != -100
-            # not in place: torch.compile of PyTorch 2.11 would lose the gradient of the result
+            # not in place, because torch.compile of PyTorch 2.11 would lose the gradient of the result
             loss = loss + ((log_sum - logits.gather(1, index)) * has_label).sum()
             if with_gradients:
                 # d loss / d logits: the probabilities, minus 1 at the label
@@ -289,9 +289,9 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 class Gemma(nn.Module):
-    """The model. `dropout` acts on attention weights, both residual branches and the embedding (Gemma itself: 0)."""
+    """The model. `dropout` acts on attention weights, both residual branches and the embedding (0 in Gemma 3)."""
 
-    packed, packed_rows = None, 0  # the head's weight and the rows, see pack_weights()
+    packed, packed_rows = None, 0  # the packed head and its number of rows, see pack_weights()
 
     def __init__(self, config, dropout=0.0):
         super().__init__()
@@ -304,13 +304,13 @@ class Gemma(nn.Module):
         self.compiled_decode_step = None
 
     def forward(self, tokens, labels=None, doc_ids=None, reduction="mean", cache=None):
-        """tokens (B, T) int64 -> logits (B, T, V).
+        """Return the logits (B, T, V) of tokens (B, T) int64.
 
-        With labels (B, T): the cross-entropy in nats, the "mean" or "sum" over the labels that are not -100.
-        With doc_ids (B, T), the number of the document that each token belongs to: a document attends to itself alone
-        and its positions start at 0, as if it had a row of its own.
-        With a KVCache: tokens are a prompt for an empty cache, or the one token (B, 1) after those in it; returns the
-        logits of the last position, (B, 1, V)."""
+        With labels (B, T): return the cross-entropy in nats, the "mean" or "sum" over the labels that are not -100.
+        With doc_ids (B, T), the document number of each token: a token attends only within its own document, and each
+        document's positions start at 0, as if it had a row of its own.
+        With a KVCache: tokens are a prompt for an empty cache, or the one token (B, 1) that follows the cached tokens.
+        Return the logits of the last position only, (B, 1, V)."""
         config, embedding = self.config, self.model.embed_tokens.weight
         T, limit = tokens.shape[1], config.max_position_embeddings
         if T > limit and doc_ids is None:
@@ -319,9 +319,9 @@ class Gemma(nn.Module):
         if cache is not None:
             positions = positions + cache.length
         elif doc_ids is not None:
-            is_first = doc_ids != F.pad(doc_ids[:, :-1], (1, 0), value=-1)  # (B, T), of a document's tokens
+            is_first = doc_ids != F.pad(doc_ids[:, :-1], (1, 0), value=-1)  # (B, T), true where a document starts
             positions = positions - (positions * is_first).cummax(1).values
-            doc_ids = doc_ids.int()  # for blocked_attention()
+            doc_ids = doc_ids.int()  # faster in blocked_attention()
         if cache is not None and T == 1:
             attend, mask = cached_attention, cache.valid_slots()
         else:
@@ -335,8 +335,8 @@ class Gemma(nn.Module):
             FULL: AttentionContext(global_rope, attend, T, mask[FULL], cache),
         }
 
-        # the scale is rounded, as in the published models (25.25 for 270M in bfloat16). The norms have the dtype of the
-        # residual stream, also where lora.py stores frozen matrices in bfloat16
+        # The scale is rounded, as in the published models (25.25 for 270M in bfloat16). The norms have the dtype of the
+        # residual stream, even if lora.py stores frozen matrices in bfloat16
         dtype = self.model.norm.weight.dtype
         x = F.embedding(tokens, embedding).to(dtype) * torch.tensor(config.hidden_size**0.5, dtype=dtype)
         x = self.dropout(x)  # (B, T, C)
@@ -355,24 +355,24 @@ class Gemma(nn.Module):
 
     @property
     def head_weight(self):
-        """The matrix (V, C) that makes logits: in Gemma 3 the embedding's."""
+        """The matrix (V, C) that produces the logits. Gemma 3 uses the embedding."""
         return self.model.embed_tokens.weight
 
     def loss(self, x, labels):
-        """The last norm, the head and the cross-entropy, summed: x (N, C), labels (N,) -> nats."""
+        """Return the summed cross-entropy in nats of x (N, C) after the last norm and the head, for labels (N,)."""
         return LinearCrossEntropy.apply(self.model.norm(x), self.head_weight, labels, torch.is_grad_enabled())
 
     def compile_layers(self):
-        """Compile each block and the loss for training. All layers of a kind share one graph, so that a deep model
-        compiles as fast as a shallow one, and memory is planned for one layer at a time."""
-        # the loss has four shapes from select_labels(), each with and without gradients, and the shapes of plain text
+        """Compile each block and the loss for training. All layers of a kind share one graph. So a deep model compiles
+        as fast as a shallow one, and the compiler plans memory for one layer at a time."""
+        # the loss is compiled for four shapes from select_labels(), with and without gradients, and for pretraining
         torch._dynamo.config.recompile_limit = 16
         for block in self.model.layers:
             block.compile(dynamic=False)
         self.loss = torch.compile(self.loss, dynamic=False)
 
     def can_use_flash(self):
-        """Return whether flash_attention() runs here: it needs an NVIDIA GPU since Ampere, half precision, no dropout,
+        """Return whether flash_attention() can run: it needs an NVIDIA GPU from Ampere on, half precision, dropout 0,
         and a head_dim of at most 256 that is a multiple of 8."""
         if self.device.type != "cuda" or torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
             return False
@@ -383,10 +383,10 @@ class Gemma(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed, device=None):
-        """Draw every matrix from N(0, 0.02) on `device`, by default the model's. The tied embedding too: with std 0.02
-        the first loss is about ln(V). The norms after attention and MLP start with the gain that makes the output of
-        each as large as an embedded token. With a gain of 1 it would be larger (twice as large at 270M), and training
-        is slower (docs/experiments.md). Other norms start with gain 1. Raises ValueError for an unknown vector."""
+        """Draw every matrix with std 0.02 on `device`, by default the model's, the tied embedding included: the first
+        loss is then about ln(V). The norms after attention and MLP start with a gain that makes their outputs as large
+        as an embedded token. A gain of 1 makes the outputs larger (twice as large at 270M) and slows training down
+        (docs/experiments.md). Other norms start with gain 1. Raises ValueError for an unknown vector."""
         device = device or self.device
         generator = torch.Generator(device).manual_seed(seed)
         embedded = 0.02 * self.config.hidden_size**0.5  # rms of an embedded token
@@ -408,8 +408,8 @@ class Gemma(nn.Module):
 
     def flops_per_token(self, T, head_share=1.0):
         """Return the training FLOPs (forward and backward) per token at sequence length T: 6 per weight in a matrix
-        product, 4 if it is frozen, and 12 * H * D per token attended to. Like PaLM (appendix B) and nanoGPT it counts
-        the whole length or window. head_share: share of the tokens that go through the head."""
+        product, 4 if it is frozen, and 12 * H * D per token attended to. Like PaLM (appendix B) and nanoGPT, count the
+        whole length or window, as if there were no causal mask. head_share: share of the tokens that use the head."""
         c, embedding, head = self.config, self.model.embed_tokens.weight, self.head_weight
         shares = ((p, head_share if p is head else p is not embedding) for p in self.parameters() if p.ndim > 1)
         matrices = sum(share * (6 if p.requires_grad else 4) * p.numel() for p, share in shares)
@@ -424,8 +424,8 @@ class Gemma(nn.Module):
         on. sampling: temperature, top_k, top_p, as in sample_token(). Raises ValueError if the prompt leaves no
         position free, FloatingPointError if logits are NaN.
 
-        lengths (B,): lengths of prompts that are padded on the right. The steps begin after the shortest prompt, and a
-        row with a longer one yields -1 until its prompt has been read. max_new_tokens may be a (B,) tensor."""
+        lengths (B,): lengths of prompts that are padded on the right. Generation begins after the shortest prompt. A
+        row with a longer prompt yields -1 until its prompt has been read. max_new_tokens may be a (B,) tensor."""
         (B, T), device, limit = prompt.shape, self.device, self.config.max_position_embeddings
         if T >= limit:
             raise ValueError(f"the prompt's {T} tokens leave no room in the model's {limit} positions: shorten it")
@@ -434,7 +434,7 @@ class Gemma(nn.Module):
         shortest, longest = int(lengths.min()), int(ends.max())
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         room, cuda_graphs = longest, False
-        if self.compiled_decode_step is not None:  # it is compiled for each size of the cache, so there are few sizes
+        if self.compiled_decode_step is not None:  # compiled once for each cache size, so use few sizes
             room, cuda_graphs = min(limit, max(1024, 1 << (longest - 1).bit_length())), device.type == "cuda"
         cache = KVCache(self.config, room, device, cuda_graphs)
         stops = torch.tensor(stop_ids, dtype=torch.int64, device=device)
@@ -459,8 +459,8 @@ class Gemma(nn.Module):
             tokens, forward = token[:, None], self.compiled_decode_step or self
 
     def generate_batch(self, prompts, max_new_tokens, stop_ids=(), **sampling):
-        """Continue prompts, lists of token ids of any lengths. At the start and after each step yield a list with the
-        new ids of each prompt, without stop_ids. max_new_tokens: a number, or a list. sampling: as in generate()."""
+        """Continue prompts, which are lists of token ids of any length. At the start and after each step, yield a list
+        with each prompt's new ids, without stop_ids. max_new_tokens: a number or a list. sampling: as in generate()."""
         made = [[] for _ in prompts]
         yield made
         padded = pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True).to(self.device)
@@ -473,7 +473,7 @@ class Gemma(nn.Module):
             yield made
 
     def pack_weights(self, rows):
-        """Pack bfloat16 weights for steps of `rows` tokens, if this CPU multiplies in bfloat16; 0 drops the copies."""
+        """Pack bfloat16 weights for steps of `rows` tokens, if the CPU supports bfloat16. 0 drops the packed copies."""
         self.packed_rows = rows
         usable = rows and self.device.type == "cpu" and torch.backends.mkldnn.is_available()
         usable = usable and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -490,18 +490,18 @@ class Gemma(nn.Module):
         return super().train(mode)
 
     def compile_step(self):
-        """Compile the step that makes one token, for every later generate(): on GPUs as a CUDA graph; on CPUs with the
-        weights frozen into it, packed for fast products, so they must not change afterwards."""
-        # freezing as an option of torch.compile takes effect too late. On GPUs it stays off, because with the static
-        # addresses of the cache it makes wrong tokens (PyTorch 2.13)
+        """Compile the step that generates one token, for every later generate(). On GPUs it is a CUDA graph. On CPUs it
+        contains the weights, packed for fast products, so the weights must not change afterwards."""
+        # Freezing takes effect too late as an option of torch.compile. On GPUs it stays off, because it generates wrong
+        # tokens when the cache has static addresses (PyTorch 2.13)
         torch._inductor.config.freezing = self.device.type == "cpu"
         graphs = {"triton.cudagraphs": self.device.type == "cuda"}
         self.compiled_decode_step = torch.compile(self.forward, options=graphs)
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=torch.float32, dropout=0.0):
-        """Open a model directory in the Hugging Face format; of a multimodal model the text part. On the "meta" device
-        the model gets no weights. Raises ValueError for a missing, unexpected or misshapen tensor."""
+        """Open a model directory in the Hugging Face format. Only the text part of a multimodal model is read. On the
+        "meta" device, no weights are loaded. Raises ValueError for a missing, unexpected or misshapen tensor."""
         path, device = Path(path), torch.device(device)
         with torch.device("meta"):  # takes no memory and draws no random numbers
             model = cls(read_config(path), dropout)
@@ -512,7 +512,7 @@ class Gemma(nn.Module):
         return model.eval()
 
     def save_pretrained(self, path, weights=None):
-        """Write config.json, generation_config.json and model.safetensors. weights: instead of the model's own."""
+        """Write config.json, generation_config.json and model.safetensors. weights: replaces the model's own."""
         path, c = Path(path), self.config
         path.mkdir(parents=True, exist_ok=True)
         ids = {"bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id, "pad_token_id": c.pad_token_id}
@@ -528,25 +528,24 @@ class Gemma(nn.Module):
 
 class KVCache:
     """Keys and values of every layer. A sliding layer holds only its window, as a ring: position p is in slot p %
-    window. The order in the ring does not matter, because RoPE has already rotated each key by its position. Shapes do
-    not change from step to step and the length is a tensor, so that one compiled step serves them all."""
+    window. The order in the ring does not matter, because RoPE has already rotated each key by its position. One
+    compiled step serves every length, because no shape depends on the length and the length is a tensor."""
 
     def __init__(self, config, max_tokens, device, cuda_graphs=False):
-        self.length = torch.zeros(1, dtype=torch.int64, device=device)  # tokens whose keys are in the cache
+        self.length = torch.zeros(1, dtype=torch.int64, device=device)  # number of tokens in the cache
         self.slots = {SLIDING: min(max_tokens, config.sliding_window), FULL: max_tokens}
         self.kinds = config.layer_types
         self.rings = [None] * len(self.kinds)  # (2, B, K, slots, D) each, allocated by update() in the keys' dtype
         self.cuda_graphs = cuda_graphs
-        if cuda_graphs:  # PyTorch skips a graph that writes into a tensor without a static address
+        if cuda_graphs:  # PyTorch skips CUDA graphs that write into a tensor without a static address
             torch._dynamo.mark_static_address(self.length)
 
     def valid_slots(self):
-        """Return {kind: bool (slots,)}: the slots that a new token sees, which are those in use and its own."""
+        """Return {kind: bool (slots,)}: true for the slots in use and for the slot of the new token."""
         return {kind: torch.arange(n, device=self.length.device) <= self.length for kind, n in self.slots.items()}
 
     def update(self, layer, k, v):
-        """Store k, v (B, K, T, D). Return the keys and values to attend to: a prompt's own (T > 1), or the whole
-        ring."""
+        """Store k, v (B, K, T, D). Return the keys and values to attend to: a prompt's own (T > 1), or the ring."""
         kv = torch.stack((k, v))  # (2, B, K, T, D)
         slots, T = self.slots[self.kinds[layer]], k.shape[2]
         if self.rings[layer] is None:
@@ -563,8 +562,8 @@ class KVCache:
 
 
 def sample_token(logits, *, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Draw token ids (B,) from logits (B, V): from the top_k likeliest tokens, and among these from the smallest set
-    with probability top_p, in transformers' order. Temperature 0 is greedy; top_k 0 and top_p 1 draw from all."""
+    """Draw token ids (B,) from logits (B, V). Like transformers, keep the top_k likeliest tokens, then the smallest set
+    of these with probability top_p. Temperature 0 is greedy. top_k 0 and top_p 1 keep all tokens."""
     if temperature == 0:
         return logits.argmax(-1)
     logits, tokens = logits / temperature, None
@@ -572,27 +571,27 @@ def sample_token(logits, *, temperature=1.0, top_k=0, top_p=1.0, generator=None)
         logits, tokens = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))
     if top_p < 1:
         probs = logits.softmax(-1)
-        logits = logits.masked_fill(probs.cumsum(-1) - probs >= top_p, -math.inf)  # the tokens before reach top_p
+        logits = logits.masked_fill(probs.cumsum(-1) - probs >= top_p, -math.inf)  # earlier tokens already reach top_p
     drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
     return (drawn if tokens is None else tokens.gather(1, drawn))[:, 0]
 
 
 def complete(model, tokenizer, prompts, max_new_tokens, **sampling):
-    """Return the texts with which generate_batch() continues prompts. tokenizer: anything with decode(ids)."""
-    with torch.compiler.set_stance("force_eager"):  # compiled layers would compile again for every length
+    """Return the texts that generate_batch() adds to the prompts. tokenizer: any object with decode(ids)."""
+    with torch.compiler.set_stance("force_eager"):  # compiled layers would recompile for every length
         *_, made = model.generate_batch(prompts, max_new_tokens, **sampling)
     return [tokenizer.decode(ids) for ids in made]
 
 
-# ---- files: configuration and weights, which may be anyone's and damaged. Errors are ValueErrors ---------------------
+# ---- files: configuration and weights. They may come from anyone and be damaged, which raises ValueError -------------
 
-# settings of transformers that every Gemma 3 shares: written to config.json, and checked when one is read. A field of
-# GemmaConfig with the same name replaces the constant
+# settings of transformers with one value in every Gemma 3: written to config.json, and checked when reading one. A
+# field of GemmaConfig with the same name replaces the constant
 GEMMA3_CONSTANTS = {
     "attention_bias": False, "final_logit_softcapping": None, "attn_logit_softcapping": None,
     "tie_word_embeddings": True, "use_bidirectional_attention": False,
 }  # fmt: skip
-# transformers' defaults for settings that a config.json leaves out; the published ones of 4B to 27B do
+# transformers' defaults for settings that a config.json leaves out, as those of the published 4B to 27B models do
 HF_DEFAULTS = {
     "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
     "num_attention_heads": 8, "num_key_value_heads": 4, "query_pre_attn_scalar": 256,
@@ -620,7 +619,7 @@ def check_config(c):
     require(c.num_hidden_layers <= 1000, f"num_hidden_layers={c.num_hidden_layers} is more than any Gemma 3 has")
     kinds = [SLIDING] * c.num_hidden_layers if c.layer_types is None else c.layer_types
     good = len(kinds) == c.num_hidden_layers and all(kind in (SLIDING, FULL) for kind in kinds)
-    require(good, f"layer_types: need {c.num_hidden_layers} of {SLIDING!r} or {FULL!r}")
+    require(good, f"layer_types needs {c.num_hidden_layers} entries, each {SLIDING!r} or {FULL!r}")
     require(c.hidden_activation in ACTIVATIONS, f"hidden_activation={c.hidden_activation!r} must be {[*ACTIVATIONS]}")
     heads, shared = c.num_attention_heads, c.num_key_value_heads
     require(heads % shared == 0, f"num_attention_heads={heads} is not a multiple of num_key_value_heads={shared}")
@@ -635,7 +634,7 @@ def read_json(path):
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path.name} is not JSON: {e}") from None
-    require(isinstance(content, dict), f"{path.name} holds no JSON object but a {type(content).__name__}")
+    require(isinstance(content, dict), f"{path.name} holds a {type(content).__name__}, not a JSON object")
     return content
 
 
@@ -649,14 +648,14 @@ def dict_at(d, key):
 def read_config(path):
     """Return the GemmaConfig of a model directory."""
     config, generation = config_from_dict(read_json(path / "config.json")), path / "generation_config.json"
-    if generation.exists():  # it lists all tokens that end a text
+    if generation.exists():  # this file lists all tokens that end a text
         config = replace(config, eos_token_id=read_json(generation).get("eos_token_id", config.eos_token_id))
     return config
 
 
 def config_from_dict(d):
-    """Return the GemmaConfig in the dict of a config.json, old style (rope_theta, rope_scaling) or new
-    (rope_parameters), of a text model or of the text part of a multimodal one."""
+    """Return the GemmaConfig from the dict of a config.json, in the old style (rope_theta, rope_scaling) or the new one
+    (rope_parameters). From a multimodal model's dict, read the text part."""
     kind = d.get("model_type")
     require(kind in ("gemma3_text", "gemma3"), f"model_type {kind!r} is not Gemma 3's ('gemma3_text' or 'gemma3')")
     d = HF_DEFAULTS | d | dict_at(d, "text_config")
@@ -667,7 +666,7 @@ def config_from_dict(d):
     rope = dict_at(d, "rope_parameters")
     full, sliding = dict_at(d, "rope_scaling") | dict_at(rope, FULL), dict_at(rope, SLIDING)
     rope_type, local_type = (d.get("rope_type", "default") for d in (full, sliding))
-    # transformers 5 ignores the old name, so such a file means two things
+    # transformers 5 ignores 'type' and older versions use it, so such a file is ambiguous
     require("rope_type" in full or "type" not in full, "rope_scaling: rename 'type' to 'rope_type'")
     require(rope_type in ("default", "linear"), f"rope_type {rope_type!r}: Gemma 3 has 'default' and 'linear' only")
     require(local_type == "default", f"rope_type {local_type!r} in sliding layers: Gemma 3 has 'default' only")
@@ -682,7 +681,7 @@ def config_from_dict(d):
 
 
 def config_to_dict(config):
-    """Return the dict for config.json, with RoPE in the old style and in the new one, because programs read either."""
+    """Return the dict for config.json, with RoPE in the old and the new style, because some programs read only one."""
     d = asdict(config)
     factor = d.pop("rope_linear_factor")
     scaling = {"rope_type": "default"} if factor == 1 else {"rope_type": "linear", "factor": factor}
@@ -696,7 +695,7 @@ def config_to_dict(config):
 
 
 def weight_files(path):
-    """Return the safetensors files of a model directory: one, or the shards in its index."""
+    """Return the safetensors files of a model directory: a single file, or the shards that its index lists."""
     index = path / "model.safetensors.index.json"
     if (path / "model.safetensors").exists() or not index.exists():
         return [path / "model.safetensors"]
@@ -725,8 +724,8 @@ def tensor_shapes(file):
 
 
 def find_tensors(path, expected):
-    """Return {our name: (file, name in the file)} of the weights in a model directory. Raises ValueError, before any
-    tensor is read, unless they have exactly the `expected` names and shapes, {our name: shape}."""
+    """Return {our name: (file, name in the file)} for the weights in a model directory. expected: {our name: shape}.
+    Raises ValueError, before any tensor is read, unless the names and shapes are exactly these."""
     found, shapes = {}, {}
     for file in weight_files(path):
         for name, shape in tensor_shapes(file).items():
@@ -744,7 +743,7 @@ def find_tensors(path, expected):
 
 
 def read_tensor(file, name, device):
-    """Return one tensor of a safetensors file. The file is opened for each tensor, because an open file keeps all that
-    was read from it in memory, beside the weights."""
+    """Return one tensor of a safetensors file. The file is opened again for each tensor, because an open file keeps
+    every tensor that was read from it in memory, in addition to the weights."""
     with safe_open(file, framework="pt", device=str(device)) as f:
         return f.get_tensor(name)

@@ -1,5 +1,5 @@
 """
-Text to tokens on disk: data/<name>/ with train.bin, val.bin, tokenizer.json and meta.json.
+Turn text into tokens on disk: data/<name>/ with train.bin, val.bin, tokenizer.json and meta.json.
 
     python prepare.py                                             # TinyStories from the Hub, GPT-2's vocabulary
     python prepare.py --dataset=fables                            # the bundled corpus, no network
@@ -49,8 +49,8 @@ class PrepareConfig:
     streaming: bool = False  # read a Hub dataset without storing it, if it is too large for the disk
     text_column: str = "text"  # column of the text in .jsonl, .csv, .parquet, ... and Hub datasets
     max_bad_rows: float = 0.1  # share of a file's rows that may be left out because they hold no text
-    separator: str = "<|endoftext|>"  # between the documents of a .txt file; \n in it is a line's end
-    val_fraction: float | None = None  # share held out if there is no validation split; 0.01, of one plain text 0.1
+    separator: str = "<|endoftext|>"  # text between the documents of a .txt file; \n stands for a line break
+    val_fraction: float | None = None  # share to hold out if there is no validation split; None: 0.01, or 0.1 of a single text
     max_documents: int = 0  # stop after this many documents; 0: all (fables: 40,000)
     seed: int = 0  # chooses the texts that a bundled corpus generates
 
@@ -97,10 +97,10 @@ class Corpus:
     """The documents of --dataset."""
 
     source: str  # for meta.json: the name of a bundled corpus, an absolute path, or a Hub id and subset
-    splits: dict[str, Callable]  # "train", perhaps "val": each call iterates anew over the texts of its documents
+    splits: dict[str, Callable]  # "train", perhaps "val": each call returns a new iterator over the texts
     tokenizer: str = "gpt2"  # unless --tokenizer names another
     bits: Callable | None = None  # text -> -log2 of its probability, if the corpus knows it
-    max_documents: int | None = None  # of each split
+    max_documents: int | None = None  # limit for each split
     val_fraction: float = 0.0  # share of the training documents to hold out
     notes: dict = field(default_factory=dict)  # {file: counts of rows that were left out}, from column()
 
@@ -112,7 +112,7 @@ class Corpus:
 
 
 def start_or_resume(part, cfg, corpus):
-    """Return the tokenizer in the folder `part`. Make it, unless the same preparation was interrupted there."""
+    """Return the tokenizer in the folder `part`. Create it, unless an interrupted run with the same settings left one."""
     files = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in source_files(Path(cfg.dataset))[0]]
     task = json.dumps(asdict(cfg) | {"source": corpus.source, "files": files, "shard": SHARD_CHARS})
     shards = list(part.glob("shard-*.npz"))
@@ -129,7 +129,7 @@ def start_or_resume(part, cfg, corpus):
 
 
 def tokenize(corpus, tokenizer, part):
-    """Encode the documents in threads. Return the files of the shards, in order. Existing shards are not made again."""
+    """Encode the documents in threads. Return the files of the shards, in order. Existing shards are kept."""
     shards, pending = [], deque()
     documents = tqdm(corpus.documents(), "tokenizing", unit=" documents", mininterval=1, disable=None)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -137,7 +137,7 @@ def tokenize(corpus, tokenizer, part):
             shards.append(part / f"shard-{len(shards):06}.npz")
             if not shards[-1].exists():
                 pending.append(pool.submit(encode_shard, shards[-1], batch, tokenizer, corpus.bits))
-            if len(pending) > 2 * os.cpu_count():  # to limit the texts in memory
+            if len(pending) > 2 * os.cpu_count():  # limits the texts in memory
                 pending.popleft().result()
     for shard in pending:
         shard.result()  # raises its thread's exception
@@ -169,7 +169,7 @@ def encode_shard(path, documents, tokenizer, bits):
         texts = [text for split, text in documents if split == name]
         arrays[name] = tokens = tokenizer.encode_documents(texts).astype(tokenizer.dtype)
         decoded = texts
-        if not tokenizer.bpe:  # it may lose characters, and then bits per byte count the bytes that are left
+        if not tokenizer.bpe:  # it may lose characters; then bits per byte count the remaining bytes
             decoded = [tokenizer.decode(ids) for ids in np.split(tokens, np.flatnonzero(tokens == tokenizer.eot))[:-1]]
         changed = [(text, read) for text, read in zip(texts, decoded, strict=True) if text != read]
         arrays[f"{name}_changed"] = len(changed)
@@ -202,12 +202,12 @@ def join_shards(shards, split, tokenizer):
 
 
 def report(out, meta, corpus, example):
-    """Print what was written and what was left out or changed. example: a text that the tokenizer changes."""
+    """Print the size of the dataset, and how many rows were left out or changed. example: a change by the tokenizer."""
     print(f"\n{out}: {meta['tokenizer']} with {meta['vocab_size']:,} tokens, stored as {meta['dtype']}")
     for name in ("train", "val"):
         c = meta[name]
         print(f"{name:5}: {c['documents']:,} documents, {c['tokens']:,} tokens, {c['bytes']:,} bytes, "
-              f"{c['bytes'] / c['tokens']:.3f} bytes a token")  # fmt: skip
+              f"{c['bytes'] / c['tokens']:.3f} bytes per token")  # fmt: skip
     if meta["floor_bits_per_byte"] is not None:
         print(f"entropy floor of the validation split: {meta['floor_bits_per_byte']:.4f} bits per byte")
     for source, note in corpus.notes.items():
@@ -219,7 +219,7 @@ def report(out, meta, corpus, example):
     n = {key: sum(note.get(key, 0) for note in corpus.notes.values()) for key in keys}
     changed = meta["train"]["changed"] + meta["val"]["changed"]
     print(f"rows left out: {n['unreadable']:,} without a text, {n['empty']:,} empty; texts changed: {n['repaired']:,} "
-          f"with half a character, {n['line_ends']:,} with the line ends of Windows, {changed:,} by the tokenizer"
+          f"with half a character, {n['line_ends']:,} with Windows line ends, {changed:,} by the tokenizer"
           f"{f', such as {example}' if example else ''}")  # fmt: skip
     recipe, name = Path(__file__).parent / "config" / f"train_{out.name}.py", shlex.quote(out.name)
     other = f"train_tinystories_cpu.py --dataset={name} --out_dir=out/{name}"
@@ -247,10 +247,10 @@ def make_tokenizer(name, texts):
 
 # ---- corpora ---------------------------------------------------------------------------------------------------------
 
-# Bundled corpora, each a module that provides documents(seed, count), an iterator of texts (count 0: its own number);
-# bits(text), -log2 of the probability that it generates this text, or None instead of the function; and TOKENIZER, the
-# default of --tokenizer. For lora.py --data also records(seed, count, held_out), conversations, and follows(turn,
-# answer), whether an answer follows the instruction (data/fable_grammar.py documents both).
+# Bundled corpora. Each is a module with documents(seed, count), which returns an iterator of texts (count 0: as many as
+# the corpus likes); bits(text), which returns -log2 of the text's probability, or bits = None; and TOKENIZER, the
+# default of --tokenizer. For lora.py --data, it also has records(seed, count, held_out), which yields conversations, and
+# follows(turn, answer), which tells whether an answer follows the instruction. See data/fable_grammar.py.
 CORPORA = {"fables": "data.fable_grammar"}
 
 
@@ -277,7 +277,7 @@ def open_corpus(cfg):
 
 
 def hold_out(corpus, cfg):
-    """Choose corpus.val_fraction: --val_fraction, or for few documents the nearest share with some in both splits."""
+    """Set corpus.val_fraction to --val_fraction, or for few documents to the nearest share that fills both splits."""
     fraction = 0.01 if cfg.val_fraction is None else cfg.val_fraction
     if not fraction:
         raise UserError("--val_fraction=0 holds out nothing, and the dataset has no validation split: raise it")
@@ -291,7 +291,7 @@ def hold_out(corpus, cfg):
         return
     corpus.val_fraction = min(max(fraction, math.nextafter(lowest, 1)), highest)
     if corpus.val_fraction != fraction:
-        print(f"few documents: --val_fraction={corpus.val_fraction:.3f} instead of {fraction}, for some in each split")
+        print(f"few documents: --val_fraction={corpus.val_fraction:.3f} instead of {fraction}, to fill both splits")
 
 
 def text_hash(text):
@@ -305,11 +305,11 @@ def is_held_out(text, fraction):
 
 
 def split_text(text, cfg):
-    """Return the splits of one long text: pieces of whole paragraphs, the last tenth of them held out, as in nanoGPT.
+    """Return the splits of one long text. It is cut between paragraphs, and the last tenth is held out, as in nanoGPT.
 
-    A piece becomes a document. Pieces are short enough for many threads and begin often enough that a model learns to
-    write after an end-of-text token, where generation begins; and they are long enough that few rows of train.py end
-    early. They are not stripped: together they are the text."""
+    Each piece becomes a document. Pieces are short, so that many threads can work, and so that the model often sees an
+    end-of-text token before a text, which is where generation begins. They are long enough that few rows of train.py
+    end early. They are not stripped, so the pieces joined together are the text."""
     pieces, start, size = [], 0, min(PIECE_CHARS, max(1, len(text) // 20))
     while start < len(text):
         end = start + size
@@ -329,7 +329,7 @@ def split_text(text, cfg):
 
 
 def open_files(path, cfg, notes=None):
-    """Return the splits of a file, or of a folder with files of any split. Print which files are left out."""
+    """Return the splits of a file, or of the files in a folder. Print which files are left out."""
     files, left_out = source_files(path)
     held_out = [f for f in files if names_split("val|valid|validation|dev", f, path)]
     if held_out:

@@ -5,7 +5,7 @@ Sample from a model, answer instructions, chat, or export it for llama.cpp.
     python sample.py --out_dir=out/fables --num_samples=4
     python sample.py --model=google/gemma-3-270m-it --instruct="Name three birds."   # any Gemma 3, here or on the Hub
     python sample.py --start=FILE:prompt.txt
-    python sample.py --interactive=True                   # asks for one beginning after another
+    python sample.py --interactive=True                   # continues every line that you type
     python sample.py --adapter=out/lora-fables/best --instruct="What is the lesson of this fable?" --input="Once ..."
     python sample.py --adapter=out/lora-fables/best --interactive=True   # a conversation
     python sample.py --out_dir=out/fables --export_gguf=fables.gguf      # a file for llama.cpp and Ollama
@@ -36,29 +36,29 @@ class SampleConfig:
     start: str = ""  # the beginning of the text; FILE:path reads it from a file; empty: a new document
     out_dir: str = ""  # sample from the best checkpoint of this run; empty: of the newest run under out/
     model: str = ""  # sample from this model directory, or a Hub id of a Gemma 3
-    adapter: str = ""  # a LoRA adapter to put on the model, which is by default the one it was trained on
-    instruct: str = ""  # an instruction to answer, in the format of the tuning
+    adapter: str = ""  # a LoRA adapter to load; by default on the model that it was trained on
+    instruct: str = ""  # an instruction to answer, in the model's instruction format
     input: str = ""  # the text the instruction is about
     template: str = ""  # instruction format: alpaca, short or gemma; empty: the model's own chat template, or alpaca
     compare: bool = False  # answer the instruction without the adapter first
     num_samples: int = 1  # texts from the same beginning, generated as one batch
-    max_new_tokens: int = 300  # longest text; end-of-text may end it earlier
+    max_new_tokens: int = 300  # longest text; an end-of-text token ends it earlier
     temperature: float = 0.8  # 0: always the likeliest token; 1: the model's own probabilities
     top_k: int = 0  # draw from the k likeliest tokens; 0: from all
     top_p: float = 1.0  # draw from the smallest set of tokens with this probability; 1: from all
     seed: int = 1337  # the same seed gives the same text
-    interactive: bool = False  # read lines from the terminal: beginnings to continue, or with an adapter a conversation
+    interactive: bool = False  # read lines from the terminal: texts to continue, or the user's turns in a chat
     export_gguf: str = ""  # write the model, with the adapter merged, to this file instead of sampling
-    gguf_type: str = "bf16"  # type of its matrices: f32, bf16, f16 or q8_0
+    gguf_type: str = "bf16"  # type of the matrices in that file: f32, bf16, f16 or q8_0
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "auto"  # bfloat16 or float32; auto: bfloat16 if the hardware has it
-    compile: bool = False  # torch.compile the step that makes a token; pays off after a few thousand tokens
+    compile: bool = False  # torch.compile the step that generates a token; pays off after a few thousand tokens
 
     def __post_init__(self):
         check_range(self, 1, NO_LIMIT, "num_samples")
         check_template(self.template)
         if self.temperature:
-            check_range(self, 1e-6, 1e6, "temperature")  # beyond it, logits overflow
+            check_range(self, 1e-6, 1e6, "temperature")  # outside this range, logits overflow
         check_range(self, 1e-6, 1, "top_p")
         if self.gguf_type not in ("f32", "bf16", "f16", "q8_0"):
             raise ValueError(f"gguf_type={self.gguf_type!r} must be f32, bf16, f16 or q8_0")
@@ -77,7 +77,7 @@ def main(cfg):
     adapter = hub_directory(cfg.adapter) if cfg.adapter else None
     path = find_checkpoint(cfg, adapter)
     model = open_model(path, device, dtype).eval()
-    # as transformers users do: the adapter's tokenizer, if it has one
+    # prefer the adapter's tokenizer, as users of transformers do
     tokenizer = Tokenizer.load(adapter if adapter and (adapter / "tokenizer.json").exists() else path)
     tokenizer.check_rows(model.config.vocab_size)
     template, why = choose_template(cfg.template, [adapter, path] if adapter else [path], tokenizer)
@@ -108,14 +108,14 @@ def main(cfg):
 
 
 def find_checkpoint(cfg, adapter):
-    """Return the model directory that the settings name, or that the adapter was trained on."""
+    """Return the model directory that the settings name, or the one that the adapter was trained on."""
     if cfg.model:
         path = hub_directory(cfg.model)
     elif adapter:
         with user_errors(f"--adapter={cfg.adapter}: no adapter here"):
             base = read_json(adapter / "adapter_config.json")["base_model_name_or_path"]
         if not base:
-            raise UserError(f"--adapter={cfg.adapter}: does not name its base model: add --model")
+            raise UserError(f"--adapter={cfg.adapter}: it does not name its base model: add --model")
         path = hub_directory(base)
     elif cfg.out_dir:
         path = latest_intact_dir(Path(cfg.out_dir) / "best")
@@ -132,7 +132,7 @@ def find_checkpoint(cfg, adapter):
 
 
 def read_start(text):
-    """Return the text that --start means: itself, or the content of FILE:path."""
+    """Return the text that --start gives, either directly or as FILE:path."""
     if not text.startswith("FILE:"):
         return text
     with user_errors(f"--start={text}"):
@@ -156,7 +156,7 @@ class Writer:
         return self.write("", ids, [*self.stops, end_of_response(self.tokenizer, self.template)])
 
     def write(self, text, ids, stops):
-        """Print `text` and the continuation of the prompt `ids`: a single sample token by token. Return the first."""
+        """Print `text` and the continuation of prompt `ids`; stream a single sample. Return the first sample."""
         cfg, limit = self.cfg, self.model.config.max_position_embeddings
         if len(ids) >= limit:
             raise UserError(
@@ -167,7 +167,7 @@ class Writer:
         for made in self.model.generate_batch([ids] * cfg.num_samples, cfg.max_new_tokens, stops, **sampling):
             if cfg.num_samples == 1:
                 shown = (text + self.tokenizer.decode(made[0])).lstrip()
-                if not shown.endswith("\ufffd"):  # not in the middle of a character
+                if not shown.endswith("\ufffd"):  # wait for the rest of a character
                     print(shown[printed:], end="", flush=True)
                     printed = len(shown)
         seconds, count = time.perf_counter() - started, sum(map(len, made))
@@ -177,7 +177,7 @@ class Writer:
         return texts[0]
 
     def converse(self, is_chat):
-        """Read lines until the end of input: a user's turns in a chat, or beginnings to continue."""
+        """Read lines until the end of input: the user's turns in a chat, or texts to continue."""
         messages = []
         while True:
             try:

@@ -52,8 +52,8 @@ class PretrainConfig:
     batch_size: int = 32  # rows per micro-batch
     block_size: int = 512  # tokens per row
     dropout: float = 0.0  # on attention weights, residual branches and the embedding
-    eval_tokens: int = 0  # evaluate on the first tokens of the validation split, this many; 0: on all
-    sample_prompt: str = ""  # the sample at each evaluation continues this text; empty: a new document
+    eval_tokens: int = 0  # evaluate on this many tokens from the start of the validation split; 0: on all
+    sample_prompt: str = ""  # prompt of the sample at each evaluation; empty: the sample starts a new document
 
     def __post_init__(self):
         check_range(self, 1, NO_LIMIT, "batch_size", "block_size")
@@ -62,7 +62,7 @@ class PretrainConfig:
 
 @dataclass
 class TrainConfig:
-    """Settings of every run. A step is one optimizer step; nanoGPT's names call it an iteration."""
+    """Settings of every run. A step is one optimizer step. Names with "iter", as in nanoGPT, count steps."""
 
     out_dir: str = ""  # folder for checkpoints and logs; by default out/<dataset>
     init_from: str = "scratch"  # scratch, resume (out_dir/last), a model directory, or a Hub id of a Gemma 3
@@ -75,23 +75,23 @@ class TrainConfig:
     warmup_iters: float = 100  # steps of linear warmup; below 1: that share of max_iters
     schedule: str = "wsd"  # wsd (warmup, stable, linear decay over the last cooldown_frac) or cosine
     cooldown_frac: float = 0.4  # share of max_iters over which wsd decays
-    weight_decay: float = 0.0  # on block matrices only: decaying a norm's weight pulls its gain to 1, not to 0
-    momentum: float = 0.95  # Muon: decay of the mean gradient; less is better in short runs
+    weight_decay: float = 0.0  # on block matrices only; on a norm's weight it would pull the gain to 1, not to 0
+    momentum: float = 0.95  # Muon: decay of the momentum buffer; lower values are better in short runs
     beta1: float = 0.9  # AdamW: decay of the mean gradient
     beta2: float = 0.95  # AdamW: decay of the mean squared gradient
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
     # evaluation and logs
     eval_interval: int = 500  # steps between evaluations, each with a checkpoint and a sample
     log_interval: int = 10  # steps between log lines
-    sample_tokens: int = 256  # longest sample
+    sample_tokens: int = 256  # longest sample, in tokens
     wandb: bool = False  # copy the log to Weights & Biases
     # system
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # bfloat16 (autocast over float32 weights) or float32; auto: bfloat16 if the hardware has it
     compile: bool = True  # torch.compile the model
-    activation_memory: float = 1.0  # share of activations kept for backward, the others recomputed; needs compile
-    fsdp: bool = False  # under torchrun: shard weights, gradients and optimizer state, for models that do not fit
-    seed: int = 1337  # of initial weights, data order, dropout and samples
+    activation_memory: float = 1.0  # fraction of activations kept for backward; the rest is recomputed (needs compile)
+    fsdp: bool = False  # with torchrun: shard a model too large for one GPU (weights, gradients, optimizer state)
+    seed: int = 1337  # determines initial weights, data order, dropout and samples
 
     def __post_init__(self):
         check_range(self, 1, NO_LIMIT, "gradient_accumulation_steps", "eval_interval", "log_interval")
@@ -111,14 +111,14 @@ class TrainConfig:
 def fit(task, cfg, state, device):
     """Train task.model until cfg.max_iters. After SIGTERM or Ctrl-C, save and end the process.
 
-    state: from new_state() or read_state(). It is saved whole: put there what must survive a resume.
-    task: what to learn (Pretraining below, InstructionTuning in lora.py). It has `model`, `floor` (entropy floor of the
-    first validation set in bits per byte, or None), and
+    state: from new_state() or read_state(). A checkpoint saves all of it: add anything that must survive a resume.
+    task: the model and its data, such as Pretraining below or InstructionTuning in lora.py. It has the attributes
+    `model` and `floor` (entropy floor of the first validation set in bits per byte, or None), and the methods
 
         micro_batches(step)         [(tokens, labels), ...] or [(tokens, labels, doc_ids), ...], for Gemma.forward()
         validation_sets()           {name: iterable of such batches}; the first set decides which checkpoint is the best
         metrics(losses)             {name: nats per label} -> ({"val_loss": ..., ...} for the log, a line to print)
-        sample()                    a text that the model writes
+        sample()                    a text that the model generated
         save_model(path, weights)   write a model directory
     """
     model, dtype, first_step = task.model, pick_dtype(cfg.dtype, device), state.step
@@ -134,31 +134,31 @@ def fit(task, cfg, state, device):
         model.train()
         micro_batches = task.micro_batches(state.step)
         while not signals.stop_requested():
-            # once in a while: evaluate, sample and save
+            # every eval_interval steps: evaluate, sample and save
             is_done = state.step >= cfg.max_iters
             if (is_done or state.step % cfg.eval_interval == 0) and state.evaluated != state.step:
                 model.eval()
                 losses = validation_losses(task, device, dtype)
-                val_loss = next(iter(losses.values()))  # the first set decides
+                val_loss = next(iter(losses.values()))  # of the first validation set
                 is_best = val_loss < state.best_val_loss
                 state.best_val_loss = val_loss if is_best else state.best_val_loss
-                state.evaluated = state.step  # a resumed run does not evaluate again here
+                state.evaluated = state.step  # a run resumed at this step does not evaluate again
                 log.evaluation(*task.metrics(losses), task.sample())
                 if is_best:
                     folder.save("best", task.save_model, model)
                 model.train()
                 folder.save("last", task.save_model, model, state, optimizers)
                 log.restart_clock()
-            if is_done:  # another stopping rule goes here, and what it counts into `state`
+            if is_done:  # add another stopping rule here, and keep its counters in `state`
                 break
 
             # one step
             lr = set_learning_rate(optimizers, state.step, cfg)
-            torch.manual_seed(hash((cfg.seed, state.step, get_rank())))  # dropout is a function of seed, step and rank
+            torch.manual_seed(hash((cfg.seed, state.step, get_rank())))  # dropout depends only on seed, step and rank
             loss = accumulate_gradients(forward, micro_batches, device, dtype)
             # here the gradients are complete: measure, rescale or add noise
             state.tokens += sum(num_tokens(labels) for _, labels, *_ in micro_batches)
-            micro_batches = task.micro_batches(state.step + 1)  # while the device is busy
+            micro_batches = task.micro_batches(state.step + 1)  # loaded while the device is busy
             loss, grad_norm = optimizer_step(optimizers, loss, cfg.grad_clip)
             state.step, state.seconds = state.step + 1, log.elapsed()
             # here the weights are new: update an average of them, or save by time with folder.save("last", ...)
@@ -166,10 +166,10 @@ def fit(task, cfg, state, device):
             metrics = {"train_loss": loss, "lr": lr, "grad_norm": grad_norm}
             log.check_finite(loss, grad_norm)
             if state.step % cfg.log_interval == 0 or state.step == cfg.max_iters:
-                log.step(micro_batches[0], metrics)  # a batch of the next step, but of the same shape
+                log.step(micro_batches[0], metrics)  # the next step's batch has the same shape
             if state.step == first_step + 1:  # this step included compilation
                 log.restart_clock()
-                gc.freeze()  # what exists now will stay: Python's garbage collector need not search it again
+                gc.freeze()  # these objects stay until the end: the garbage collector need not scan them again
         if signals.stop_requested():  # also if the signal came during the last evaluation
             folder.save("last", task.save_model, model, state, optimizers)
     folder.raise_errors()
@@ -182,12 +182,12 @@ def fit(task, cfg, state, device):
 
 
 def wsd(step, cfg):
-    """Constant, then linearly down to 0 over the last cooldown_frac (warmup, stable, decay)."""
+    """Stay at 1, then decay linearly to 0 over the last cooldown_frac of max_iters (warmup, stable, decay)."""
     return min(1, max(0, (cfg.max_iters - step) / max(1, cfg.cooldown_frac * cfg.max_iters)))
 
 
 def cosine(step, cfg):
-    """Half a cosine from the end of warmup to max_iters."""
+    """Decay from 1 to 0 along half a cosine, from the end of warmup to max_iters."""
     progress = (step - warmup_steps(cfg)) / max(1, cfg.max_iters - warmup_steps(cfg))
     return 0.5 * (1 + math.cos(math.pi * min(1, max(0, progress))))
 
@@ -206,7 +206,7 @@ def learning_rate(step, cfg):
 
 
 def set_learning_rate(optimizers, step, cfg):
-    """Give every parameter group the step's learning rate, times the group's "lr_scale" if it has one."""
+    """Set the step's learning rate in every parameter group, times the group's "lr_scale" if it has one."""
     lr = learning_rate(step, cfg)
     for group in groups_of(optimizers):
         group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -214,18 +214,18 @@ def set_learning_rate(optimizers, step, cfg):
 
 
 def accumulate_gradients(forward, micro_batches, device, dtype):
-    """Accumulate the gradients of a step's micro-batches, of which each process computes a share. Return the mean loss
-    in nats per label as a tensor, which the device may still be computing."""
-    # every label of the step weighs the same, however unevenly micro-batches and processes share them
+    """Accumulate the gradients of a step's micro-batches; each process computes its share of them. Return the mean loss
+    in nats per label, as a tensor that the device may still be computing."""
+    # every label of the step has the same weight, even if micro-batches or processes differ in their number of labels
     num_labels = sum(int((labels != -100).sum()) for _, labels, *_ in micro_batches)
-    own_batches = local_micro_batches(micro_batches)  # in another order, perhaps only some rows of each
+    own_batches = local_micro_batches(micro_batches)  # may be in another order, or only some rows of each
     total = torch.zeros((), device=device)
     for i, batch in enumerate(own_batches):
         if isinstance(forward, DistributedDataParallel):  # all-reduce in the last backward only
             forward.require_backward_grad_sync = i == len(own_batches) - 1
         with autocast(device, dtype):
             loss = forward(*to_device(batch, device), reduction="sum") / num_labels
-        (loss * get_world_size()).backward()  # DDP takes the mean over processes, which makes this the sum
+        (loss * get_world_size()).backward()  # DDP averages over processes; this makes it a sum
         total += loss.detach()
     return all_reduce_sum(total, device)
 
@@ -248,15 +248,15 @@ def validation_losses(task, device, dtype):
 
 
 def evaluate(model, batches, device, dtype):
-    """Return the mean loss in nats per label over batches, of which each process computes a share. A metric that needs
-    logits can be summed here too: model(tokens) returns them, with labels the model returns the loss alone."""
+    """Return the mean loss in nats per label over batches, which the processes divide among themselves. A metric that
+    needs logits can be summed here too: model(tokens) returns logits, model(tokens, labels) only the loss."""
     was_training, batches = model.training, iter(batches)
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64)  # of losses, of labels
+    sums = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of labels
     with torch.no_grad(), autocast(device, dtype):
         while group := list(itertools.islice(batches, get_world_size())):
             batch = group[min(get_rank(), len(group) - 1)]
-            if get_rank() >= len(group):  # no batch is left for this process, but every rank must join
+            if get_rank() >= len(group):  # no batch is left for this rank, but it must join the collectives
                 batch = without_labels(batch)
             loss = model(*to_device(batch, device), reduction="sum")
             sums += torch.tensor([loss.item(), (batch[1] != -100).sum()], dtype=torch.float64)
@@ -274,11 +274,11 @@ def num_tokens(labels):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): the update of a matrix is its momentum, orthogonalized. Updates have the size of
-    AdamW's (0.2 rms, Liu et al. 2025), so that one learning rate serves both.
+    """Muon (Jordan et al. 2024): the update of a matrix is its momentum, orthogonalized. Updates are scaled to the size
+    of AdamW's (0.2 rms, Liu et al. 2025), so that both optimizers can use one learning rate.
 
     Matrices of one shape form a group and are orthogonalized as one stack, which keeps the device busier. With several
-    processes each orthogonalizes a part of every stack."""
+    processes, each one orthogonalizes a part of every stack."""
 
     def __init__(self, params, momentum=0.95, weight_decay=0.0):
         by_shape = {}
@@ -306,8 +306,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(stack):
-    """Return matrices (N, rows, columns) in bfloat16 with the singular vectors of `stack` and singular values of about
-    1: five Newton-Schulz steps with Jordan's coefficients."""
+    """Return the matrices of `stack` (N, rows, columns) in bfloat16, with the same singular vectors but singular values
+    of about 1, by five Newton-Schulz steps with Jordan's coefficients."""
     wide = stack.mT if stack.shape[1] > stack.shape[2] else stack
     x = wide.bfloat16()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -332,7 +332,7 @@ OPTIMIZERS = {"muon": muon, "adamw": adamw}  # f(matrices inside blocks, other p
 
 
 def make_optimizers(model, cfg):
-    """Return the optimizers, with every trainable parameter in one group. Raises ValueError if no rule names one."""
+    """Return optimizers that hold each trainable parameter once. Raises ValueError for a parameter without a rule."""
     matrices, others = [], []
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -357,14 +357,14 @@ def groups_of(optimizers):
 
 
 class PackedDataset:
-    """One split of a prepared dataset as rows of block_size tokens. Each row begins where a document begins.
+    """One split of a prepared dataset as rows of block_size tokens. A row begins with a document where possible.
 
-    A row's first token is the end-of-text before its first document, or the tokenizer's <bos> if it has one. A document
-    that is cut off at a row's end begins the next row again, so that every token is predicted from its whole document
-    at least once. A document longer than a row continues in the next row.
+    A row's first token is the end-of-text before its first document, or the tokenizer's <bos> if it has one. If the end
+    of a row cuts a document off, the next row starts that document again. So every token is predicted at least once
+    with all of its document before it. Only a document longer than a row continues in the next row.
 
     To train on other rows, write a class with batch(rows) and __len__ and use it in Pretraining.train_rows. The caller
-    shuffles: every epoch visits each row once."""
+    shuffles the rows; every epoch visits each of them once."""
 
     def __init__(self, dataset, split, block_size):
         path, meta, tokenizer = dataset
@@ -386,9 +386,9 @@ class PackedDataset:
         return len(self.starts)
 
     def batch(self, rows, new_only=False):
-        """Return the tokens and labels (B, T), int64, of some rows, given by number. Labels past the end of the data
-        are -100. With new_only, labels that the next row repeats are -100 too, so that over all rows each token is a
-        label exactly once."""
+        """Return tokens and labels, both (B, T) in int64, of the rows with these numbers. Labels past the end of the
+        data are -100. With new_only, labels that the next row repeats are -100 too, so that each token is a label
+        exactly once in all rows together."""
         x = np.full((len(rows), self.block_size + 1), self.eot, dtype=np.int64)
         y = np.full((len(rows), self.block_size), -100, dtype=np.int64)
         for i, row in enumerate(rows):
@@ -404,8 +404,8 @@ class PackedDataset:
 
 
 def epoch_shuffled_indices(count, size, seed, step):
-    """Return the `size` row numbers, out of `count`, for a step: a function of (seed, step) alone. Every epoch takes
-    each row once, in an order of its own."""
+    """Return the row numbers for a step: `size` of the `count` rows, determined by (seed, step) alone. Every epoch
+    visits each row once, in its own order."""
     numbers = np.arange(step * size, (step + 1) * size)
     indices = np.empty(size, dtype=np.int64)
     for epoch in np.unique(numbers // count):
@@ -420,8 +420,8 @@ def epoch_permutation(count, seed, epoch):
 
 
 class ValidationSet:
-    """The validation split of a dataset, or the first eval_tokens of it, as batches: always the same rows, each token a
-    label once. The last batch is padded, so that all have one shape."""
+    """The validation split of a dataset, or its first eval_tokens, as batches. The rows are always the same, and each
+    token is a label once. The last batch is padded, so that all batches have one shape."""
 
     def __init__(self, dataset, block_size, batch_size, eval_tokens=0):
         self.rows, self.batch_size = PackedDataset(dataset, "val", block_size), batch_size
@@ -441,7 +441,7 @@ class ValidationSet:
             yield F.pad(x, padding), F.pad(y, padding, value=-100)
 
     def bits_per_byte(self, loss):
-        """Return a loss in nats per token as bits per byte of text, which compares across tokenizers."""
+        """Return bits per byte, which can be compared across tokenizers, for a loss in nats per token."""
         return loss / math.log(2) / self.bytes_per_token
 
 
@@ -453,12 +453,12 @@ class Pretraining:
         sizes = data_cfg.block_size, data_cfg.batch_size, data_cfg.eval_tokens
         val_datasets = {"val": dataset}  # by their names in the log; the first decides which checkpoint is the best
         if any(other.tokenizer.spec["model"] != dataset.tokenizer.spec["model"] for other in val_datasets.values()):
-            raise UserError("a validation set has another tokenizer than the training set: prepare both with one")
+            raise UserError("validation and training sets have different tokenizers: prepare both with one tokenizer")
         self.val_sets = {name: ValidationSet(other, *sizes) for name, other in val_datasets.items()}
         self.floor = self.val_sets["val"].floor
 
     @functools.cached_property
-    def train_rows(self):  # of several datasets: compare their tokenizers; start_model() needs their fingerprints
+    def train_rows(self):  # to mix datasets: compare their tokenizers, and give start_model() their fingerprints
         path, meta, _ = self.dataset
         if (tokens := meta["train"]["tokens"]) < (block_size := self.data_cfg.block_size):
             raise UserError(f"{path}/train.bin has {tokens} tokens, fewer than block_size={block_size}: lower it")
@@ -483,7 +483,7 @@ class Pretraining:
         return metrics, "; ".join(parts)
 
     def sample(self):
-        """Return a short text, drawn with the same seed at every evaluation."""
+        """Return a short generated text, sampled with the same seed at every evaluation."""
         tokenizer, text = self.dataset.tokenizer, self.data_cfg.sample_prompt
         prompt = [tokenizer.bos, *tokenizer.encode(text).tolist()]
         sampling = {"temperature": 0.8, "seed": self.cfg.seed, "stop_ids": [tokenizer.eot]}
@@ -505,7 +505,7 @@ class Pretraining:
         rows, block_size = self.train_rows, self.data_cfg.block_size
         epochs, repeated = self.cfg.max_iters * per_step / len(rows), ""
         if hasattr(rows, "num_new_labels"):
-            repeated = f", {1 - rows.num_new_labels.sum() / (len(rows) * block_size):.0%} of them repeated context"
+            repeated = f", {1 - rows.num_new_labels.sum() / (len(rows) * block_size):.0%} of their tokens repeated"
         print(f"model: {total:.1f}M parameters, {embedding:.1f}M of them in the embedding")
         print(f"training: {self.cfg.max_iters - state.step:,} steps of {per_step * block_size:,} tokens; {epochs:.2f} "
               f"epochs of the text in {len(rows):,} rows{repeated}")  # fmt: skip
@@ -542,18 +542,18 @@ def main(data_cfg, cfg, arch):
             task.print_plan(state)
             fit(task, cfg, state, device)
             out_dir = shlex.quote(f"--out_dir={cfg.out_dir}")
-            print(f'done. Read what it writes: python sample.py {out_dir} --start="Once"')
+            print(f'done. To sample from the model: python sample.py {out_dir} --start="Once"')
     shutdown_distributed()
 
 
 def start_model(data_cfg, cfg, arch, dataset, device):
-    """Return the model that init_from names, and the state to train it from."""
+    """Return the model that init_from names, and the state from which its training starts."""
     meta, tokenizer = dataset.meta, dataset.tokenizer
     fingerprint, settings = meta.get("fingerprint"), asdict(data_cfg) | asdict(cfg)
     state, home = new_state(fingerprint, settings), loading_device(cfg.fsdp, device)
     if cfg.init_from == "scratch":
         vocab_size = arch.vocab_size
-        if vocab_size == GemmaConfig.vocab_size:  # not set: the tokenizer's size, in whole tiles of a matrix product
+        if vocab_size == GemmaConfig.vocab_size:  # not set: the tokenizer's size, rounded up for faster matrix products
             vocab_size = math.ceil(meta["vocab_size"] / 64) * 64
         special = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.pad}
         with torch.device(home):

@@ -3,7 +3,7 @@
 #     python lora.py config/lora_instruct_1100.py --data=instruction_1100.json
 #
 # The records are those of rasbt/LLMs-from-scratch, chapter 7 (instruction, input, output). Held-out response perplexity
-# falls from 1,255 to 45 (lora.py's defaults reach 60 in half the time) and the answers take the form asked for, but a
+# falls from 1,255 to 45 (lora.py's defaults reach 60 in half the time). The answers have the requested form, but a
 # model that has read 1.4 MB of stories can't translate: "The chovitionslation of 'bude' is 'fictictor.'"
 data = "instruction_1100.json"
 init_from = "out/tinystories-cpu/best"

@@ -1,10 +1,10 @@
-# A smaller Gemma 3 on TinyStories with a vocabulary of our own: 6 layers, 2 key/value heads, a window of 128.
+# Train a smaller Gemma 3 on TinyStories, on a small GPU, with a vocabulary trained on the stories. Not yet measured.
 #
 #     python prepare.py --tokenizer=bpe:32768 --name=tinystories-bpe32k
 #     python train.py config/train_tinystories_90m.py
 #
-# The name is that of a published run whose width, depth, heads, window and vocabulary these are; with a tied embedding
-# and this MLP it has 39.6M parameters, 16.8M of them in the embedding.
+# Named after a published run with the same width, depth, heads, window and vocabulary. With a tied embedding and this
+# MLP, the model has 39.6M parameters, 16.8M of them in the embedding.
 dataset = "tinystories-bpe32k"
 out_dir = "out/tinystories-90m"
 
@@ -17,8 +17,8 @@ head_dim = 64
 sliding_window = 128
 max_position_embeddings = 2048
 
-# 128 rows x 256 tokens x 2 micro-batches = 65,536 tokens an update; 25,000 updates = 1.64G tokens, about 3.5
-# epochs (the plan at the start has the exact number). Not yet measured on any hardware.
+# 128 rows x 256 tokens x 2 micro-batches = 65,536 tokens per step; 25,000 steps = 1.64G tokens, about 3.5 epochs
+# (train.py prints the exact number when it starts).
 batch_size = 128
 block_size = 256
 gradient_accumulation_steps = 2

@@ -65,8 +65,8 @@ def record(rng):
     }
 
 
-def main(count=1200, seed=0):
-    rng, path = random.Random(seed), Path(__file__).with_name("orders.json")
+def main(count=1200, path=None, seed=0):
+    rng, path = random.Random(seed), path or Path(__file__).with_name("orders.json")
     records = {r["input"]: r for r in (record(rng) for _ in range(count))}  # no message twice
     path.write_text(json.dumps(list(records.values()), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{path}: {len(records):,} records")

@@ -1,1 +1,1 @@
-"""Rooms with one job each, for everything that a hacker does not need to read."""
+"""Rooms: modules with one job each. You can change the model and its training without reading them."""

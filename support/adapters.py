@@ -7,18 +7,18 @@ from support.settings import UserError, user_errors
 
 # the fields of PEFT's LoraConfig that load_adapter() understands, and their types
 ADAPTER_FIELDS = {"r": (int,), "lora_alpha": (int, float), "lora_dropout": (int, float), "use_rslora": (bool,)}
-# fields that do not change what the adapter computes; which layers it changes is told by its weights' names
+# fields that do not change the adapter's output; the layers that it adapts follow from the names of its weights
 OTHER_FIELDS = {"peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
                 "inference_mode", "megatron_core", "qalora_group_size", "corda_config", "lora_ga_config",
                 "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
                 "rank_pattern"}  # fmt: skip
-# values that do not change it either; other initializations, such as PiSSA's, also change the base model
+# values that do not change the output either; other initializations, such as PiSSA's, change the base model too
 PLAIN = {"bias": ["none"], "init_lora_weights": [True, "gaussian", "orthogonal", "mica"]}
 MERGE = "merge it with PEFT's merge_and_unload() and use the merged model"
 
 
 def read_adapter_config(path):
-    """Return adapter_config.json as a dict. Raises ValueError, with the field's name, unless it is plain LoRA."""
+    """Return adapter_config.json as a dict. Raises ValueError, naming the field, unless it is plain LoRA."""
     config = {"lora_dropout": 0.0, "use_rslora": False} | read_json(path / "adapter_config.json")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"adapter_config.json: peft_type={config.get('peft_type')!r}, only LORA can be read")
@@ -26,18 +26,18 @@ def read_adapter_config(path):
         if type(config.get(key)) not in kinds:
             raise ValueError(f"adapter_config.json: {key}={config.get(key)!r} is not of type {kinds[-1].__name__}")
     if config.get("alpha_pattern") and set(config["alpha_pattern"].values()) == {config["lora_alpha"]}:
-        del config["alpha_pattern"]  # it says the same
+        del config["alpha_pattern"]  # it repeats lora_alpha
     for key in config.keys() - ADAPTER_FIELDS.keys() - OTHER_FIELDS:
         if config[key] and config[key] not in PLAIN.get(key, []):
             fix = "merge it with PEFT's merge_and_unload() and use the merged model"
             raise ValueError(
-                f"adapter_config.json: {key}={config[key]!r} is not plain LoRA, which alone is read; {fix}"
+                f"adapter_config.json: {key}={config[key]!r} is not plain LoRA, the only kind that can be read; {fix}"
             )
     return config
 
 
 def read_adapter_weights(path):
-    """Return {our name: tensor} of an adapter. Weights that act on images alone are left out, and counted."""
+    """Return {our name: tensor} of an adapter. Skip weights of the image encoder, and print how many."""
     weights, images = {}, 0
     for name, weight in read_tensors(path / "adapter_model.safetensors").items():
         if "vision_tower." in name or "multi_modal_projector." in name:
@@ -59,7 +59,7 @@ def read_tensors(file):
 
 
 def read_instruct(path):
-    """Return instruct.json, {} if there is none: the chat template, and for an adapter the fingerprint of its base."""
+    """Return instruct.json, or {} if it is missing: the chat template, and the fingerprint of an adapter's base."""
     file = Path(path) / "instruct.json"
     with user_errors(f"{file} is damaged"):
         return read_json(file) if file.exists() else {}
@@ -70,5 +70,5 @@ def check_base(adapter, base):
     expected = read_instruct(adapter).get("base_fingerprint")  # PEFT's own adapters have none
     if expected and expected != weights_fingerprint(base):
         raise UserError(
-            f"{adapter} was tuned on other weights than {base} has now: name those by --model, or tune again"
+            f"{adapter} was tuned on other weights than {base} has now: name the original by --model, or tune again"
         )

@@ -22,7 +22,7 @@ class Dataset(NamedTuple):
     """A prepared dataset."""
 
     path: Path
-    meta: dict  # of meta.json
+    meta: dict  # contents of meta.json
     tokenizer: Tokenizer
 
 
@@ -40,7 +40,7 @@ def open_dataset(name):
         if meta["vocab_size"] != tokenizer.vocab_size:
             raise ValueError(f"vocab_size {meta['vocab_size']}, tokenizer.json has {tokenizer.vocab_size}")
         if meta["dtype"] not in ("uint16", "uint32") or not isinstance(meta["floor_bits_per_byte"], float | None):
-            raise ValueError("dtype or floor_bits_per_byte has another type")
+            raise ValueError("dtype or floor_bits_per_byte has the wrong type")
         for split in ("train", "val"):
             size, tokens = (path / f"{split}.bin").stat().st_size, meta[split]["tokens"]
             expected = tokens * np.dtype(meta["dtype"]).itemsize
@@ -64,7 +64,7 @@ def document_ends(tokens, path, tokenizer):
 
 
 def fingerprint(path, tokenizer):
-    """Return a digest of a prepared dataset: of its token ids and of its vocabulary."""
+    """Return a digest of a prepared dataset's token ids and vocabulary."""
     digest = hashlib.blake2b(tokenizer.dtype.name.encode(), digest_size=16)
     digest.update(json.dumps(tokenizer.spec["model"], sort_keys=True).encode())
     for name in ("train.bin", "val.bin"):
@@ -76,7 +76,7 @@ def fingerprint(path, tokenizer):
 def output_directory(dataset, name, source):
     """Return data/<name>. Raises UserError if it holds anything but a dataset prepared from the same source.
 
-    dataset: what --dataset names; `name` is derived from it if it is empty."""
+    dataset: the value of --dataset. If `name` is empty, it is derived from the dataset."""
     path = Path(dataset)
     name = name or (path.resolve().stem if os.path.exists(path) else path.name)
     plain = name.isprintable() and len(name.encode()) <= 200 and not re.search(r"[/\\]|\.(part|replaced)$", name)
@@ -100,6 +100,6 @@ def check_is_ours(path, source):
         file = path / ("meta.json" if (path / "meta.json").exists() else "task.json")
         found = json.loads(file.read_text())["source"]
     if found is None or not is_dir:
-        raise UserError(f"{path} exists and is no prepared dataset: {fix}")
+        raise UserError(f"{path} exists and is not a prepared dataset: {fix}")
     if found != source:
         raise UserError(f"{path} was prepared from {found}, not from {source}: {fix}")

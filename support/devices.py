@@ -1,4 +1,4 @@
-"""The device, its dtype and its speed, and its error messages in one line."""
+"""The device, its dtype and its speed, and one-line messages for its errors."""
 
 import contextlib
 import math
@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from support.settings import Failure, UserError, first_line, user_errors
 
-# Dense bfloat16 FLOP/s of data center GPUs with float32 sums, as NVIDIA states them, by whole words of the GPU's name.
-# Longer names come first. A MIG slice is only a part of its GPU.
+# NVIDIA's figures for dense bfloat16 FLOP/s with float32 accumulation, by whole words of the GPU's name. Longer names
+# come first. A MIG slice is only a part of a GPU, so its speed is timed.
 PEAK_FLOPS = {
     "MIG": None,
     "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
@@ -32,7 +32,7 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """Return the dtype that --dtype names; for "auto" bfloat16 if the hardware multiplies in it, otherwise float32."""
+    """Return the dtype that --dtype names. "auto" is bfloat16 if the hardware multiplies in it, otherwise float32."""
     if name == "auto":
         cpu = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
         is_fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
@@ -53,35 +53,35 @@ def can_compile(device):
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
         print("continuing without torch.compile: no C++ compiler here")
         return False
-    if device.type == "cpu" and " " in torch.__file__:  # its C++ compiler command does not quote the path
+    if device.type == "cpu" and " " in torch.__file__:  # torch's command for the C++ compiler does not quote this path
         print(f"continuing without torch.compile: the path of torch has a space in it, {Path(torch.__file__).parent}")
         return False
     return True
 
 
 def compile_for_training(model, activation_memory):
-    """Compile a model's layers in place. activation_memory: share of activations kept; the others are recomputed."""
+    """Compile a model's layers in place. activation_memory: fraction of activations kept; the rest is recomputed."""
     if activation_memory < 1 and any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules()):
         raise UserError("activation_memory below 1 needs dropout=0: the recomputation would draw other random numbers "
                         "and make wrong gradients")  # fmt: skip
     torch._functorch.config.activation_memory_budget = activation_memory
-    # on CPUs PyTorch's own generator makes dropout faster than compiled code does
+    # on CPUs, dropout is faster with the random numbers of eager PyTorch than with those of compiled code
     torch._inductor.config.fallback_random = model.device.type == "cpu"
     model.compile_layers()
 
 
 def to_device(batch, device):
-    """Return a batch on the device. Pinned memory is copied while a GPU computes the batch before."""
+    """Return a batch on the device. From pinned memory, it is copied while the GPU computes the previous one."""
     return [(t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True) for t in batch]
 
 
 def autocast(device, dtype):
-    """Multiply matrices in `dtype` over float32 weights: rounding would swallow small updates of a bfloat16 weight."""
+    """Multiply matrices in `dtype`. Weights stay float32, because bfloat16 weights round small updates away."""
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 
 def peak_flops(device, dtype):
-    """Return the FLOP/s that MFU is a share of: NVIDIA's figure for a known GPU, otherwise a timed matrix product's."""
+    """Return the peak FLOP/s for MFU: NVIDIA's figure for a known GPU, or the speed of a timed matrix product."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         words = f" {torch.cuda.get_device_name(device).replace('-', ' ')} "
         if flops := next((flops for name, flops in PEAK_FLOPS.items() if f" {name} " in words), None):
@@ -98,7 +98,7 @@ def peak_flops(device, dtype):
 
 @contextlib.contextmanager
 def runtime_errors(memory_hint):
-    """Report in one line that memory is exhausted or another process is gone. memory_hint: what to lower."""
+    """Report exhausted memory, or the end of another process, in one line. memory_hint: which settings to change."""
     try:
         yield
     except RuntimeError as e:

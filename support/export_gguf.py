@@ -1,4 +1,4 @@
-"""GGUF files, which llama.cpp and the programs built on it read."""
+"""Export to GGUF, the file format of llama.cpp and the programs built on it."""
 
 import os
 import re
@@ -47,12 +47,12 @@ def export_gguf(model, tokenizer, path, matrix_type):
 
 
 def add_gguf_weights(writer, model, matrix_type):
-    """Add the tensors: matrices in matrix_type if they fit it, and norms in float32."""
+    """Add the tensors: matrices in matrix_type if their shape allows it, norms in float32."""
     import gguf
     from gguf import GGMLQuantizationType as Type
 
     c = model.config
-    # llama.cpp derives the attention scale from the size; if ours is another, the queries' norm makes up for it
+    # llama.cpp derives the attention scale from the model size; if ours differs, q_norm corrects it
     theirs = c.hidden_size // c.num_attention_heads if c.num_hidden_layers == 62 else c.head_dim
     query_scale = (theirs / c.query_pre_attn_scalar) ** 0.5
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, c.num_hidden_layers)
@@ -66,8 +66,8 @@ def add_gguf_weights(writer, model, matrix_type):
 
 
 def add_gguf_tokenizer(writer, tokenizer, num_rows):
-    """Add the tokenizer: as llama.cpp's kind "gpt2" if it is byte-level BPE with GPT-2's words, or as its kind "llama"
-    if it is BPE with byte fallback, like Gemma's. num_rows: rows of the embedding; the list of tokens gets as many."""
+    """Add the tokenizer: as llama.cpp's "gpt2" if it is byte-level BPE that splits words like GPT-2, or as "llama" if
+    it is BPE with byte fallback like Gemma's. num_rows: rows of the embedding, each of which gets a token."""
     from gguf import TokenType
 
     model, added = tokenizer.spec["model"], tokenizer.spec["added_tokens"]
@@ -81,7 +81,7 @@ def add_gguf_tokenizer(writer, tokenizer, num_rows):
     for token in added:
         text, i = token["content"], token["id"]
         if i < num_rows:  # published models have no row for <image_soft_token>
-            # as in llama.cpp's converter: reserved tokens are no text, other added ones are found in plain text
+            # as in llama.cpp's converter: reserved tokens never match plain text, the other added tokens do
             reserved = r"<pad>|<mask>|<2mass>|\[@BOS@\]|<unused.*>|<[|｜].*[|｜]>"
             is_control = token["special"] or re.fullmatch(reserved, text)
             tokens[i] = text if is_control else text.replace("▁", " ")
@@ -97,7 +97,7 @@ def add_gguf_tokenizer(writer, tokenizer, num_rows):
         writer.add_token_scores([-float(ranks.get(text, len(merges))) for text in tokens])
         writer.add_add_space_prefix(False)
     else:
-        raise UserError("GGUF export knows GPT-2's kind of tokenizer (gpt2, bpe:SIZE) and Gemma's, but not this one")
+        raise UserError("GGUF export supports tokenizers like GPT-2's (gpt2, bpe:SIZE) and Gemma's, but not this one")
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_bos_token_id(tokenizer.bos)

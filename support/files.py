@@ -1,4 +1,4 @@
-"""Files and directories that are either whole or as they were before, also after a crash or a power cut."""
+"""Atomic writes: even after a crash or a power cut, a file or directory is either as before or new and whole."""
 
 import contextlib
 import errno
@@ -11,7 +11,7 @@ from support.settings import UserError
 
 
 def write_atomically(path, content):
-    """Write text or bytes to a file. At every moment the file holds all of it or its former content."""
+    """Write text or bytes to a file. At every moment the file holds its old content or all of the new."""
     part = path.with_name(path.name + ".part")
     try:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -22,8 +22,8 @@ def write_atomically(path, content):
 
 
 def atomic_replace_dir(new, old):
-    """Move the finished directory `new` to the path `old`, in place of the directory there. At every moment, also after
-    a power cut, one of the two is there and whole; latest_intact_dir() finds it."""
+    """Replace the directory `old` by the finished directory `new`. At every moment, even in a power cut, one of the two
+    exists and is whole; latest_intact_dir() finds it."""
     for path in (*new.iterdir(), new):
         fsync(path)
     aside = old.with_name(old.name + ".replaced")
@@ -36,22 +36,22 @@ def atomic_replace_dir(new, old):
 
 
 def latest_intact_dir(path):
-    """Return `path`, or the place where a crash in the middle of atomic_replace_dir() left its directory."""
+    """Return `path`, or the path where a crash during atomic_replace_dir() left the old directory."""
     aside = path.with_name(path.name + ".replaced")
     return path if path.exists() or not aside.exists() else aside
 
 
 @contextlib.contextmanager
 def lock_folder(path):
-    """Reserve a folder, which need not exist, for this process: until the end of `with`, or of the process if it
-    crashes. Raises UserError if another process has reserved it."""
+    """Lock a folder, which need not exist, for this process. The lock ends with the `with` block, or with the process
+    if it crashes. Raises UserError if another process holds the lock."""
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(f"{path}: another process is writing to it: wait, stop that process, or name another") from None
+        raise UserError(f"{path}: another process is writing to it: wait, stop it, or name another folder") from None
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub. With HF_HUB_OFFLINE=1 in the environment earlier downloads are used and no server is asked."""
+"""Downloads from the Hugging Face Hub. HF_HUB_OFFLINE=1 in the environment allows only earlier downloads."""
 
 import os
 import re
@@ -11,7 +11,7 @@ RECORDS_ON_THE_HUB = {"alpaca": "tatsu-lab/alpaca", "dolly": "databricks/databri
 
 
 def is_hub_id(name):
-    """Return whether a name reads like USER/REPOSITORY and is no path on this disk."""
+    """Return whether a name looks like USER/REPOSITORY and is not a path on this disk."""
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name))) and not os.path.exists(name)
 
 
@@ -34,7 +34,7 @@ def hub_directory(name, files=("*.json", "*.safetensors", "*.jinja")):
 
 
 def load_dataset_from_hub(name, flag, subset="", streaming=False):
-    """Return the splits of a dataset on the Hub, by name. flag: the setting that names it, for messages."""
+    """Return {name: split} of a dataset on the Hub. flag: the setting that names it, for error messages."""
     with user_errors(f"--{flag}={name}: not a file or folder here, and not downloaded from the Hugging Face Hub"):
         import datasets  # slow to import
 

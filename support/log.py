@@ -21,11 +21,11 @@ from support.processes import get_rank, get_world_size
 from support.settings import Failure, UserError
 
 CLEAR_LINE = "\033[K"  # in a terminal: erase from the cursor to the end of the line
-MAX_SKIPPED = 5  # the run ends after so many steps in a row without a finite loss and gradient
+MAX_SKIPPED = 5  # the run ends after this many steps in a row without a finite loss and gradient
 
 
 def say(text, end="\n"):
-    """Print a line at once. A closed pipe is no error: Ctrl-C ends `| tee` too, and the run still has to save."""
+    """Print a line at once. A closed pipe is not an error: Ctrl-C also ends `| tee`, and the run must still save."""
     try:
         print(text, end=end, flush=True)
     except BrokenPipeError:
@@ -33,11 +33,11 @@ def say(text, end="\n"):
 
 
 class RunLog:
-    """The log of one run, open inside its `with` block. Rank 0 writes it; resuming drops the lines that were written
-    after the checkpoint's step.
+    """The log of one run, open inside its `with` block. Rank 0 writes it. A resumed run drops the lines that were
+    written after its checkpoint.
 
-    folder: the RunFolder. state: of the run, with step, tokens and settings. floor: entropy floor of the validation
-    set in bits per byte, or None."""
+    folder: the RunFolder. state: the run's state, with step, tokens and settings. floor: the entropy floor of the
+    validation set in bits per byte, or None."""
 
     def __init__(self, folder, model, state, device, dtype, max_iters, floor=None, wandb=False):
         self.folder, self.model, self.state, self.device = folder, model, state, device
@@ -64,7 +64,7 @@ class RunLog:
             self.wandb_run.finish()
 
     def elapsed(self):
-        """Return the seconds that this run has taken, before its interruptions too."""
+        """Return the seconds that this run has trained, including the time before it was resumed."""
         return time.perf_counter() - self.started
 
     def restart_clock(self):
@@ -72,12 +72,12 @@ class RunLog:
         self.clock_start, self.step_then, self.tokens_then = time.perf_counter(), self.state.step, self.state.tokens
 
     def step(self, batch, metrics):
-        """Report a step: a line, and an entry in log.jsonl. batch: a micro-batch like the step's, to count its FLOPs.
-        metrics: "train_loss", "lr", "grad_norm", and any others, numbers or dicts of numbers."""
+        """Report a step: print a line, and add an entry to log.jsonl. batch: a micro-batch of this shape, to count
+        FLOPs. metrics: "train_loss", "lr", "grad_norm" and any others; each is a number or a dict of numbers."""
         state, now = self.state, time.perf_counter()
         per_second = (state.tokens - self.tokens_then) / (now - self.clock_start)
         _, labels, *doc_ids = batch
-        head_share = (labels != -100).float().mean().item() if doc_ids else 1.0  # as Gemma.forward() computes it
+        head_share = (labels != -100).float().mean().item() if doc_ids else 1.0  # with doc_ids only labels use the head
         mfu = per_second * self.model.flops_per_token(labels.shape[1], head_share) / self.peak_flops
         left = (self.max_iters - state.step) * (now - self.clock_start) / (state.step - self.step_then)
         entry = {"event": "step", "step": state.step, "tokens": state.tokens, "seconds": state.seconds,
@@ -96,7 +96,7 @@ class RunLog:
         self.restart_clock()
 
     def evaluation(self, metrics, line, sample):
-        """Report an evaluation: the line and the sample, an entry in log.jsonl, and the files drawn from the log."""
+        """Report an evaluation: print it, add an entry to log.jsonl, and write the files that are made from the log."""
         state, path = self.state, self.folder.path
         say(f"{CLEAR_LINE * sys.stdout.isatty()}step {state.step}: {line}\n  {sample}\n")
         counters = {key: getattr(state, key) for key in ("step", "tokens", "seconds", "best_val_loss")}
@@ -130,10 +130,10 @@ class RunLog:
         self.is_torn = False
         if self.wandb_run:
             numbers = {k: v for k, v in entry.items() if isinstance(v, int | float | dict) and k != "step"}
-            self.wandb_run.log(numbers, step=entry["step"])  # it names a number in a nested dict "outer.inner"
+            self.wandb_run.log(numbers, step=entry["step"])  # wandb names numbers in a nested dict "outer.inner"
 
     def write_summary(self, metrics):
-        """Write summary.json: what the run is and where it stands, for programs."""
+        """Write summary.json: the run's settings, progress and metrics, for other programs."""
         state, path = self.state, self.folder.path
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
@@ -155,11 +155,11 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-LOSS_OF = {"step": "train_loss", "eval": "val_loss", "skipped": "train_loss"}  # the loss in each event of ours
+LOSS_OF = {"step": "train_loss", "eval": "val_loss", "skipped": "train_loss"}  # the loss in each kind of event
 
 
 def read_log(path):
-    """Return the entries of a log.jsonl. Events that others added stay; lines torn by a crash or a full disk go."""
+    """Return the entries of a log.jsonl. Events of other code stay; lines torn by a crash or a full disk go."""
     entries = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
@@ -174,8 +174,8 @@ def is_whole(entry):
 
 
 def draw_loss(path, out_dirs, floor=None):
-    """Draw the losses of some runs against steps and against minutes into a PNG file: in bits per byte, or in nats per
-    token for instruction tuning; with the entropy floor if it is known."""
+    """Plot the losses of some runs against steps and against minutes, as a PNG file. The unit is bits per byte, or
+    nats per token for instruction tuning. The entropy floor is plotted if it is known."""
     from matplotlib.figure import Figure  # slow to import
 
     fig, lowest = Figure(figsize=(11, 4.5), layout="constrained"), math.inf
@@ -206,7 +206,7 @@ def draw_loss(path, out_dirs, floor=None):
 
 
 def compare_runs(out_dirs):
-    """Print the last evaluation of several runs and draw all of them into compare.png, beside the first."""
+    """Print the last evaluation of several runs, and plot them all in compare.png, beside the first run's folder."""
     units = set()
     for out_dir in out_dirs:
         evals = [e for e in read_log(out_dir / "log.jsonl") if e.get("event") == "eval" and e["val_loss"]]
@@ -219,7 +219,7 @@ def compare_runs(out_dirs):
         print(f"{out_dir}: {loss} after {last['step']:,} steps, {last['tokens']:,} tokens, "
               f"{last['seconds'] / 60:.1f} minutes\n  {last['sample']}\n")  # fmt: skip
     if len(units) > 1:
-        raise UserError("--compare: pretraining is drawn in bits per byte, tuning in nats per token: name one kind")
+        raise UserError("--compare: pretraining is in bits per byte, tuning in nats per token: name one kind of run")
     draw_loss(path := out_dirs[0].with_name("compare.png"), out_dirs)
     print(f"drawn to {path}")
 

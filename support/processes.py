@@ -1,4 +1,4 @@
-"""Several processes that torchrun starts, each with a device of its own, and the signals that stop them together."""
+"""Distributed training: the processes that torchrun starts, one per device, and the signals that stop them all."""
 
 import contextlib
 import math
@@ -29,7 +29,7 @@ def set_up(device_name, dtype_name, compile, fsdp):
     processes = f" in {get_world_size()} processes" if get_world_size() > 1 else ""
     print(f"device: {device}{processes}, {dtype}, {'compiled' if compile else 'not compiled'}")
     torch.set_float32_matmul_precision("high")
-    if device.type == "cpu":  # otherwise compiled code sums the embedding's gradient in the order that threads finish
+    if device.type == "cpu":  # otherwise compiled code sums the embedding's gradient in the order its threads finish
         torch.use_deterministic_algorithms(True)
     return device, compile
 
@@ -43,7 +43,7 @@ def get_world_size():
 
 
 def init_distributed(device_name):
-    """Join the process group that torchrun started -> this process's device."""
+    """Join the process group that torchrun started. Return this process's device."""
     local_rank = int(os.environ["LOCAL_RANK"])
     on_gpu = device_name.startswith("cuda") or (device_name == "auto" and torch.cuda.is_available())
     if on_gpu and local_rank >= torch.cuda.device_count():
@@ -54,19 +54,19 @@ def init_distributed(device_name):
     # after a restart torchrun's store still has the addresses of dead processes (pytorch issue 167288)
     store, rank, world_size = next(rendezvous("env://"))
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
-    timeout = timedelta(minutes=10)  # for a process that hangs
+    timeout = timedelta(minutes=10)  # how long to wait for a process that hangs
     backend, gpu = ("nccl", device) if on_gpu else ("gloo", None)
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=gpu)
     except RuntimeError as e:
-        raise Failure(f"the processes did not meet: {first_line(e)}") from None
+        raise Failure(f"the processes could not connect: {first_line(e)}") from None
     if get_rank():
         sys.stdout = open(os.devnull, "w")
     return device
 
 
 def shutdown_distributed(code=0):
-    """End this process, in step with the others: gloo's threads do not always survive an orderly exit."""
+    """End this process together with the others. os._exit() is used because gloo's threads can crash a normal exit."""
     if dist.is_initialized():
         dist.barrier()
         sys.stdout.flush()
@@ -92,7 +92,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def receive(self, number, _frame):
-        if self.received and number == signal.SIGINT and get_world_size() == 1:  # torchrun repeats ours
+        if self.received and number == signal.SIGINT and get_world_size() == 1:  # under torchrun it arrives twice
             raise KeyboardInterrupt
         self.received = self.received or number
         if get_rank() == 0:  # not by print(), which the signal may have interrupted
@@ -117,11 +117,11 @@ def all_reduce_sum(tensor, device):
 
 def local_micro_batches(micro_batches):
     """Return this process's share of a step: whole micro-batches if they divide evenly, otherwise some rows of each. A
-    share can have no label, so a mean over it is undefined: sum, and divide by the number of all labels."""
+    share may have no label, so do not take its mean: sum its losses, and divide by the number of labels in the step."""
     if len(micro_batches) % get_world_size() == 0:
         return micro_batches[get_rank() :: get_world_size()]
     shares = [[t[get_rank() :: get_world_size()] for t in batch] for batch in micro_batches]
-    # a process without a row computes one without labels, because every rank must join the all-reduce
+    # a process that got no row computes a row without labels, because every rank must join the all-reduce
     return [share if len(share[0]) else without_labels([t[:1] for t in batch])
             for share, batch in zip(shares, micro_batches, strict=True)]  # fmt: skip
 
@@ -133,12 +133,12 @@ def without_labels(batch):
 
 
 def wrap_ddp(model, fsdp):
-    """Return the model in DDP, which averages gradients over all processes; FSDP does so by itself."""
+    """Return the model wrapped in DDP, which averages gradients over all processes. FSDP averages them by itself."""
     return DistributedDataParallel(model) if dist.is_initialized() and not fsdp else model
 
 
 def share_work(function, stack):
-    """Return function(stack) for a stack of matrices that all processes hold: each computes a part of the stack."""
+    """Return function(stack) for matrices that every process holds. Each process computes a part of the result."""
     if get_world_size() == 1:
         return function(stack)
     count = math.ceil(len(stack) / get_world_size())
@@ -150,14 +150,14 @@ def share_work(function, stack):
 
 
 def loading_device(fsdp, device):
-    """Return the device to create a model on. With FSDP apply_fsdp() distributes the weights from rank 0's memory."""
+    """Return the device to create a model on. With FSDP, only rank 0 has weights before apply_fsdp()."""
     return device if not fsdp else torch.device("meta" if get_rank() else "cpu")
 
 
 def apply_fsdp(model, device):
-    """Shard a model, whose weights rank 0 has, by FSDP2: each process keeps a shard of every weight and gathers a
-    block's weights while it computes with them. Weights are gathered in float32 and cast by autocast, so that the
-    arithmetic is that of one process."""
+    """Shard a model by FSDP2. Rank 0 has its weights; afterwards each process keeps a shard of every weight, and
+    gathers a block's weights while it computes with them. Weights are gathered in float32 and cast by autocast, so
+    that the arithmetic is the same as in one process."""
     from torch.distributed.fsdp import fully_shard  # takes half a second to import
 
     weights = dict(model.state_dict())
@@ -172,7 +172,7 @@ def apply_fsdp(model, device):
 
 
 def distribute(tensor, like):
-    """Return rank 0's tensor, sharded as the DTensor `like`; whole if its shape is another, as of a step counter."""
+    """Return rank 0's tensor, sharded like the DTensor `like`, or whole if the shapes differ (a step counter)."""
     from torch.distributed.tensor import distribute_tensor
 
     tensor = torch.empty_like(tensor, device=like.device) if tensor.is_meta else tensor.to(like.device)
@@ -183,7 +183,7 @@ def distribute(tensor, like):
 
 
 def shard_like(tensor, like):
-    """Return this process's shard of a tensor that all hold; all of it if `like` is no DTensor."""
+    """Return this process's shard of a tensor that every process holds, or all of it if `like` is not a DTensor."""
     if not hasattr(like, "full_tensor"):
         return tensor
     from torch.distributed.tensor import DTensor, Replicate
@@ -192,11 +192,11 @@ def shard_like(tensor, like):
 
 
 def full_tensor(tensor):
-    """Return a tensor, gathered if it is sharded. Every rank must call it."""
+    """Return the whole tensor, gathered if it is sharded. Every rank must call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def full_tensor_on_rank0(tensor):
-    """Return a tensor for rank 0 to save: a sharded one is gathered into its main memory, and None elsewhere."""
+    """Return the whole tensor. A sharded one is gathered into the main memory of rank 0; other ranks get None."""
     whole = full_tensor(tensor)
     return whole if whole is tensor else whole.cpu() if get_rank() == 0 else None

@@ -26,15 +26,15 @@ NEW_STATE = {"step": 0, "tokens": 0, "seconds": 0.0, "best_val_loss": math.inf, 
 
 
 def new_state(fingerprint, settings):
-    """Return the state of a new run, which train_state.pt saves whole. fingerprint: of all its data."""
+    """Return the state of a new run. train_state.pt saves all of it. fingerprint: a digest of all its data."""
     return SimpleNamespace(**NEW_STATE, dataset=fingerprint, settings=settings)
 
 
 class RunFolder:
-    """The folder of one run, locked until the end of `with`. A run that lies there already is moved aside, unless it is
+    """The folder of one run, locked until the end of `with`. An earlier run in this folder is moved aside, unless it is
     resumed.
 
-    Rank 0 writes. A write that fails, such as on a full disk, is reported and kept in `errors`; training goes on."""
+    Rank 0 writes. A failed write, for example on a full disk, is reported and added to `errors`; training goes on."""
 
     def __init__(self, out_dir, init_from):
         self.path, self.errors, self.lock = Path(out_dir), [], contextlib.ExitStack()
@@ -69,8 +69,8 @@ class RunFolder:
     def save(self, name, save_model, model, state=None, optimizers=None):
         """Save a checkpoint. Every rank must call it: sharded tensors are gathered one by one.
 
-        save_model(path, weights): writes a model directory. state, optimizers: to resume from, in train_state.pt.
-        Raises Failure if the run then has no checkpoint to resume from."""
+        save_model(path, weights): writes a model directory. state, optimizers: saved in train_state.pt, to
+        resume from. Raises Failure if saving them fails and the run has no older checkpoint to resume from."""
         state = state and vars(state) | {"optimizer": optimizer_state(optimizers, model)}
         weights, state = tree_map(full_tensor_on_rank0, (model.state_dict(), state))
         self.try_write(write_checkpoint, self.path / name, save_model, weights, state)
@@ -83,8 +83,8 @@ class RunFolder:
 
 
 def resolve_init_from(out_dir, init_from):
-    """Return init_from, or "resume" if torchrun restarted this run. Raises UserError if out_dir holds anything that
-    could not be moved aside, or that is no run of ours."""
+    """Return init_from, or "resume" if torchrun restarted this run. Raises UserError if out_dir holds files that are
+    not a run of ours, or a run that cannot be moved aside."""
     with user_errors(f"--out_dir={out_dir!r}"):
         path = Path(out_dir)
         is_restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # after a crash, by --max-restarts
@@ -104,14 +104,14 @@ def resolve_init_from(out_dir, init_from):
         elif Path(init_from).resolve().is_relative_to(resolved):
             raise UserError(f"--out_dir={out_dir}: contains the model to start from: name another folder")
         if get_rank() == 0:
-            with lock_folder(path):  # no other run may live there
+            with lock_folder(path):  # raises UserError if another run holds it
                 pass
     return init_from
 
 
 def write_checkpoint(path, save_model, weights, state=None):
-    """Write a model directory, with train_state.pt if `state` is given, beside `path`; check that it is whole and on
-    the disk; then swap it in. Raises OSError if that fails; the checkpoint at `path` is then still there."""
+    """Write a model directory beside `path`, with train_state.pt if `state` is given. Check that it is whole, then move
+    it to `path`. Raises OSError if any of this fails; the old checkpoint is then still at `path`."""
     part = path.with_name(path.name + ".part")
     try:
         shutil.rmtree(part, ignore_errors=True)
@@ -133,7 +133,7 @@ def write_checkpoint(path, save_model, weights, state=None):
 
 
 def open_model(path, device, dtype=torch.float32, dropout=0.0):
-    """Return Gemma.from_pretrained(path), and report what is wrong with the directory in one line."""
+    """Return Gemma.from_pretrained(path). Raises UserError if the directory is not a valid Gemma 3."""
     path = latest_intact_dir(Path(path))
     with user_errors(f"{path}: not a Gemma 3 model directory"):
         return Gemma.from_pretrained(path, device, dtype, dropout)
@@ -141,7 +141,7 @@ def open_model(path, device, dtype=torch.float32, dropout=0.0):
 
 def check_architecture(arch, config, path):
     """Raise UserError if settings other than the defaults contradict the trained model in `path`."""
-    ignored = {"bos_token_id", "eos_token_id", "pad_token_id", "sliding_window_pattern"}  # layer_types has the last
+    ignored = {"bos_token_id", "eos_token_id", "pad_token_id", "sliding_window_pattern"}  # the last is in layer_types
     for f in fields(arch):
         setting, trained, default = (getattr(c, f.name) for c in (arch, config, GemmaConfig()))
         if f.name not in ignored and setting not in (trained, default):
@@ -149,10 +149,10 @@ def check_architecture(arch, config, path):
 
 
 def read_state(path, fingerprint, settings, fixed, fsdp=False):
-    """Return the state of the run that left the checkpoint `path`, to resume from.
+    """Return the run's state from the checkpoint `path`, to resume the run.
 
-    fingerprint, settings: of this run. The data must be the same, and so must the settings named in `fixed`; other
-    changes are printed. fsdp: ranks other than 0 get the optimizer's tensors without their content."""
+    fingerprint, settings: those of the present command. Its data and the settings named in `fixed` must be the same
+    as in the checkpoint; other changes are printed. fsdp: other ranks than 0 get empty optimizer tensors."""
     kinds = {key: type(value) for key, value in NEW_STATE.items()} | {"optimizer": dict, "settings": dict}
     unreadable = f"{path / 'train_state.pt'} cannot be read by this version; start a new run with --init_from={path}"
     with user_errors(unreadable), warnings.catch_warnings(action="ignore"):  # one line is enough
@@ -162,7 +162,7 @@ def read_state(path, fingerprint, settings, fixed, fsdp=False):
             if not isinstance(getattr(state, key), kind):
                 raise ValueError(f"{key} is {type(getattr(state, key)).__name__}")
     if None not in (saved := getattr(state, "dataset", None), fingerprint) and saved != fingerprint:
-        raise UserError(f"the run in {path} was trained on another dataset than is there now: name that one, or start "
+        raise UserError(f"the run in {path} was trained on another dataset: name that one, or start "
                         "a new run")  # fmt: skip
     settings = {key: value for key, value in settings.items() if value is not None and key != "init_from"}
     before, ignored = state.settings, {"out_dir", "device", "eval_only"}
@@ -172,9 +172,9 @@ def read_state(path, fingerprint, settings, fixed, fsdp=False):
             raise UserError(f"{key}={settings[key]}: the run in {path} has {before[key]}; resume with that")
     if changed:
         now = ", ".join(f"{key} {before[key]} -> {settings[key]}" for key in changed)
-        print(f"resuming with other settings than before: {now}")
+        print(f"resuming with changed settings: {now}")
     if "epochs" in changed:
-        del before["max_iters"]  # epochs decides it, unless max_iters is named too
+        del before["max_iters"]  # max_iters follows from epochs, unless it is set too
     state.settings = before | settings
     return state
 
@@ -186,7 +186,7 @@ def optimizer_state(optimizers, model):
 
 
 def load_optimizers(optimizers, model, saved, fsdp):
-    """Load optimizer state that any number of processes may have saved. Settings, such as momentum, stay this run's."""
+    """Load optimizer state that any number of processes saved. Settings such as momentum are those of this run."""
     names = {p: name for name, p in model.named_parameters()}
     for optimizer in optimizers if saved else []:
         state = {}

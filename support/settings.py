@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import get_args, get_type_hints
 
 NO_LIMIT = 2**62  # for check_range(): a larger or infinite value is a mistake
-# settings that can name a path: ~ is the home folder. The others are texts, which must be UTF-8
+# settings that can be a path, in which ~ is the home folder. The texts of all other settings must be UTF-8
 PATHS = {"out_dir", "init_from", "dataset", "tokenizer", "compare", "data", "model", "adapter", "export_gguf"}
 
 
@@ -39,7 +39,7 @@ def first_line(error):
 
 @contextlib.contextmanager
 def user_errors(what, *kinds):
-    """Turn an Exception inside (of any kind, or of these kinds) into a UserError: `what`, and the reason."""
+    """Turn any Exception in the `with` block, or only these kinds, into a UserError: `what`, then the reason."""
     try:
         yield
     except kinds or Exception as e:  # noqa: B030
@@ -143,18 +143,18 @@ def read_file(path):
 
 
 def coerce(where, key, value, allowed):
-    """Return `value` in one of the allowed types. Only whole floats become int (1e3), and ints float."""
+    """Return `value` as one of the allowed types. An int can become a float, and a whole float (1e3) an int."""
     if type(value) is int and int not in allowed and float in allowed:
         value = float(value)
     if type(value) is float and int in allowed and value.is_integer():
         value = int(value)
-    if type(value) in (int, float) and type(value) in allowed and not 0 <= value <= NO_LIMIT:  # as NaN never is
+    if type(value) in (int, float) and type(value) in allowed and not 0 <= value <= NO_LIMIT:  # NaN fails this too
         raise UserError(f"{where}: {key}={value} must be at least 0, and finite")
     if type(value) is str and key in PATHS:  # the shell leaves --key=~/x as it is
-        value = ",".join(map(os.path.expanduser, value.split(",")))  # compare has several
+        value = ",".join(map(os.path.expanduser, value.split(",")))  # --compare takes several
     elif type(value) is str and value != value.encode(errors="replace").decode():
         raise UserError(f"{key} is not UTF-8: {value.encode(errors='replace').decode()}")
-    if type(value) in allowed and "\0" not in str(value):  # which no path can have
+    if type(value) in allowed and "\0" not in str(value):  # paths cannot contain it
         return value
     wants = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
     raise UserError(f"{where}: {key} wants {wants}, got {value!r}")

@@ -1,11 +1,11 @@
 """
-The worth of each choice in a recipe: the same short training with one thing changed, over several seeds.
+Measure each choice in a recipe: repeat a short training with one thing changed, over several seeds.
 
     python tests/ablation.py                                   # every variant on the fables, 600 steps, three seeds
     python tests/ablation.py --only="recipe,AdamW 2e-3" --seeds=5 --max_iters=1200
     python tests/ablation.py --recipe=config/train_tinystories_cpu.py --max_iters=200
 
-A result is the mean over seeds of the last validation bits per byte, with their standard deviation. results.jsonl has
+A result is the mean and standard deviation, over seeds, of the last validation bits per byte. results.jsonl has
 all results, and ablation.png shows them. All variants take hours. On two cores, two processes with OMP_NUM_THREADS=1
 and different --only take half as long.
 """
@@ -30,7 +30,7 @@ from support.settings import UserError, run
 
 
 def random_starts():
-    """Rows begin anywhere in the corpus, as in nanoGPT, and not where a document begins."""
+    """Start rows anywhere in the corpus, as in nanoGPT, instead of at the start of a document."""
 
     class AnywhereRows(train.PackedDataset):
         def __init__(self, dataset, split, block_size):
@@ -43,7 +43,7 @@ def random_starts():
 
 
 def whole_documents():
-    """Rows are packed with whole documents, and each document attends to itself alone. Evaluation has such rows too."""
+    """Pack rows with whole documents. A token attends only within its document. Evaluate on such rows too."""
 
     class WholeDocuments(train.PackedDataset):
         def __init__(self, dataset, split, block_size):
@@ -107,14 +107,14 @@ def identity_norms(name, weight, config):
 
 
 def large_embedding(name, weight, config):
-    """Embedded tokens start with an rms of 1, which is another way to the same balance of tokens and blocks."""
+    """Embedded tokens start with an rms of 1, which gives tokens and blocks the same balance in another way."""
     identity_norms(name, weight, config)
     if "embed" in name:
         weight *= config.hidden_size**-0.5 / 0.02
 
 
 def growing_batch():
-    """The first half of the steps has half as many rows, the second half one and a half times as many."""
+    """Steps in the first half have half as many rows, steps in the second half one and a half times as many."""
 
     def micro_batches(self, step):
         size, half = self.data_cfg.batch_size, self.cfg.max_iters // 2
@@ -184,7 +184,7 @@ def newton_schulz(coefficients):
 
 
 def adamw_with(scale=1.0, **settings):
-    """The AdamW for embedding and norms gets settings of its own."""
+    """Give the AdamW of embedding and norms its own settings."""
 
     def patch():
         muon = train.muon
@@ -202,7 +202,7 @@ def adamw_with(scale=1.0, **settings):
 
 def cautious_decay(strength):
     """Weights decay only where the update makes them smaller anyway (Chen et al. 2025). The decay is scaled by the
-    learning rate, so it ends at zero with it."""
+    learning rate, so both end at zero."""
 
     def patch():
         shard_like = train.shard_like
@@ -217,7 +217,7 @@ def cautious_decay(strength):
 
 
 def separate_cooldowns():
-    """The rate of embedding and norms decays over half as many steps as the rate of the matrices."""
+    """The learning rate of embedding and norms decays over half as many steps as the matrices' rate."""
     set_learning_rate = train.set_learning_rate
 
     def separate(optimizers, step, cfg):
@@ -310,8 +310,8 @@ class AblationConfig:
     recipe: str = "config/train_fables.py"  # the recipe to vary
     max_iters: int = 600  # steps of each run
     seeds: int = 3  # runs of each variant
-    only: str = ""  # names of variants, with commas between; empty: all
-    out: str = "out/ablation"  # the runs, and results.jsonl
+    only: str = ""  # names of variants, separated by commas; empty: all
+    out: str = "out/ablation"  # folder for the runs and results.jsonl
 
 
 def main(cfg):

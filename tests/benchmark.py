@@ -1,6 +1,6 @@
 """
-Speed and memory of each job, one JSON line for each result. pytest does not collect this file, because it asserts
-nothing.
+Measure the speed and memory of a job, and print each result as a JSON line. pytest does not collect this file, because
+it asserts nothing.
 
     python tests/benchmark.py --job=train --shape=270m --batch_size=4 --block_size=512
     python tests/benchmark.py --job=lora --shape=270m --batch_size=4 --block_size=256 --rank=4
@@ -8,8 +8,8 @@ nothing.
     python tests/benchmark.py --job=prepare                                   # GPT-2's vocabulary on 50 MB of fables
     python tests/benchmark.py --job=train --shape=small --batch_size=32 --block_size=256 --peer=hf_peer.py --rounds=3
 
---peer names a script that takes the same job and settings and prints such a line too. The two then run in turn, each in
-its own process, and a last line has the medians and their ratio. --profile=True prints the slowest operations.
+--peer names a script that takes the same job and settings and prints the same kind of line. The two run in turn, each
+in its own process, and a last line has the medians and their ratio. --profile=True prints the slowest operations.
 """
 
 import json
@@ -46,16 +46,16 @@ class BenchmarkConfig:
     block_size: int = 512  # tokens in a row
     gradient_accumulation_steps: int = 1  # micro-batches in a step
     optimizer: str = "adamw"  # adamw or muon
-    rank: int = 4  # of LoRA
-    new_tokens: int = 64  # generated
+    rank: int = 4  # rank of LoRA
+    new_tokens: int = 64  # tokens to generate for each sequence
     steps: int = 6  # timed repetitions
     compile: bool = True  # torch.compile the model
-    activation_memory: float = 1.0  # of training, see train.py
+    activation_memory: float = 1.0  # as in train.py
     dtype: str = "bfloat16"  # bfloat16, float32
     device: str = "auto"  # auto, cpu, cuda
     profile: bool = False  # print the ten operations that take longest
     peer: str = ""  # a script to run in turn with this one
-    rounds: int = 3  # of both
+    rounds: int = 3  # runs of each of the two scripts
 
 
 def build(cfg, device):
@@ -92,7 +92,7 @@ def timed(device, step, count):
 
 
 def training(cfg, device, dtype):
-    """Return a function that takes one step as train.py does, on random tokens; the tokens in a step; and the model."""
+    """Return (step, tokens per step, model). step() takes one step as train.py does, on random tokens."""
     model = build(cfg, device)
     if cfg.job == "lora":
         cast_base_weights(add_lora(model, cfg.rank, 2.0 * cfg.rank), dtype)
@@ -196,7 +196,7 @@ def measure_prepare():
     sys.path.insert(0, str(home))
     from data import fable_grammar
 
-    with tempfile.TemporaryDirectory(dir=home / "data") as folder:  # the dataset gets its name and replaces it
+    with tempfile.TemporaryDirectory(dir=home / "data") as folder:  # the dataset takes its name and replaces it
         file = Path(folder).parent / f"{Path(folder).name}.txt"
         fables = [fable_grammar.tell(f"benchmark/{i}")[0] for i in range(2000)]
         with open(file, "w") as f:

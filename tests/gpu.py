@@ -1,5 +1,5 @@
 """
-Everything to check on a GPU: it checks, measures, trains and reports. It needs no network, and torch 2.11 to 2.13.
+Check, measure and train on a GPU, and report the results. It needs torch 2.11 to 2.13 and no network.
 
     python tests/gpu.py                                # runs for 9.5 minutes; run it again to continue
     python tests/gpu.py --only=attention,recipe        # these parts, and their failed items again
@@ -48,12 +48,12 @@ HOME = Path(__file__).parent.parent
 class GpuConfig:
     device: str = "auto"  # auto, cpu, cuda
     quick: bool = False  # toy sizes
-    minutes: float = 9.5  # for this call; a command on a borrowed machine may take ten
+    minutes: float = 9.5  # time limit of this call; on a borrowed machine a command may take ten
     out: str = "out/gpu"  # report.jsonl, logs, datasets and runs
-    only: str = ""  # parts, such as attention,recipe; their failed items run again
+    only: str = ""  # run only these parts, such as attention,recipe, and their failed items again
     peer: str = "shared/bench/hf_peer.py"  # a script that takes benchmark.py's jobs, to compare with; may be absent
-    train_minutes: float = 8.0  # of the 270M shape on fables
-    tune_minutes: float = 3.0  # of LoRA on it
+    train_minutes: float = 8.0  # for training the 270M shape on fables
+    tune_minutes: float = 3.0  # for tuning this model with LoRA
     report: str = ""  # print the tables of this report.jsonl, and stop
     item: str = ""  # run this one item, in this process
 
@@ -100,7 +100,7 @@ def plan(cfg):
 
 
 def machine(cfg):
-    """The machine that the figures are from, and how fast it multiplies and reads."""
+    """Name the machine, and measure how fast it multiplies matrices and reads memory."""
     device, n = pick_device(cfg.device), 512 if cfg.quick else 8192
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     line = {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda, "cores": os.cpu_count()}
@@ -112,8 +112,8 @@ def machine(cfg):
 
 
 def parity(cfg):
-    """Logits and gradients against those of the CPU in float64, where only norms, RoPE and softmax are float32. There
-    are both kinds of layers, rows beyond the window, and rows with one document and with several."""
+    """Compare logits and gradients with the CPU's in float64, in which only norms, RoPE and softmax are float32. The
+    model has both kinds of layers. Rows are longer than the window, and have one document or several."""
     small = dict(hidden_size=64, intermediate_size=128, head_dim=16, vocab_size=256) if cfg.quick else {}
     T, device = 64 if cfg.quick else 512, pick_device(cfg.device)
     shape = {"vocab_size": 4096, "num_hidden_layers": 4, "sliding_window_pattern": 2, "sliding_window": T // 4} | small
@@ -156,7 +156,7 @@ def relative_error(a, b):
 
 
 def first_steps(cfg):
-    """The losses of train.py's first steps, here and on the CPU in float32, from the same weights."""
+    """Compare the losses of train.py's first steps with the CPU's in float32, from the same weights."""
     flags, count, out = small_run(cfg), 3 if cfg.quick else 20, Path(cfg.out).resolve()
     run_ours(cfg, "train", *flags, "--device=cpu", "--dtype=float32", "--compile=False", "--max_iters=0", name="start")
     flags += [f"--max_iters={count}", f"--init_from={out}/start/last", "--learning_rate=5e-3"]
@@ -173,8 +173,8 @@ def first_steps(cfg):
 
 
 def attention(cfg, T, window):
-    """One layer's attention at the 270M shape, compiled: the times of forward, and of forward with backward, and the
-    relative error against blocks in float32. Causal attention has no window, so it shows the cost without one."""
+    """Measure one layer's compiled attention at the 270M shape: the times of forward, and of forward with backward, and
+    the relative error against blocks in float32. Causal attention has no window, so it shows the cost without one."""
     device, (B, H, K, D) = pick_device(cfg.device), (1, 2, 1, 16) if cfg.quick else (16, 4, 1, 256)
     torch.manual_seed(0)
     *qkv, grad = (torch.randn(B, T, h, D, device=device).transpose(1, 2).bfloat16() for h in (H, K, K, H))
@@ -218,7 +218,7 @@ BY_LAYERS = {"compiled by layers": 1.0, "activation memory 0.7": 0.7, "activatio
 
 
 def recipe(cfg, batch, mode="compiled by layers"):
-    """Steps of the 270M recipe: speed, MFU, memory, and the times of host and device in one step."""
+    """Measure steps of the 270M recipe: speed, MFU, memory, and the times of host and device in one step."""
     device, dtype, rows = pick_device(cfg.device), torch.bfloat16, 4 if cfg.quick else 256
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
@@ -245,7 +245,7 @@ def recipe(cfg, batch, mode="compiled by layers"):
 
 
 def peer(cfg, job, batch):
-    """The peer's figures for a job of benchmark.py. It has no micro-batches."""
+    """Measure the peer on a job of benchmark.py. The peer has no micro-batches."""
     if not (HOME / cfg.peer).exists():
         raise Skipped(f"no {cfg.peer}")
     s = sizes(cfg, block_size=1024, new_tokens=256, steps=8)
@@ -255,7 +255,7 @@ def peer(cfg, job, batch):
 
 
 def in_turn(cfg):
-    """Ours and the peer at the peer's best batch, with the peer's optimizer, twice."""
+    """Run our script and the peer in turn, twice, at the peer's best batch size and with its optimizer."""
     rates = {e["batch_size"]: e["tokens_per_sec"] for e in read(cfg) if e.get("peer") and e["job"] == "train"}
     if cfg.quick or not rates:
         raise Skipped("only on GPUs" if cfg.quick else "there is no result of the peer")
@@ -264,7 +264,7 @@ def in_turn(cfg):
 
 
 def decoding(cfg, batch, compiled):
-    """Generation in benchmark.py. On a GPU every compiled step must be a CUDA graph."""
+    """Measure generation with benchmark.py. On a GPU every compiled step must be a CUDA graph."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         benchmark.measure(sizes(cfg, job="generate", batch_size=batch, new_tokens=256, compile=compiled))
@@ -293,7 +293,7 @@ def steps_in(cfg, minutes, script, *flags, name):
 
 
 def train_fables(cfg):
-    """The 270M shape at T 512, for cfg.train_minutes."""
+    """Train the 270M shape at T 512 for cfg.train_minutes."""
     out, minutes = Path(cfg.out) / "fables", 0.02 if cfg.quick else cfg.train_minutes
     flags = [*TINY, "--dataset=gpu-toy", "--batch_size=4"] if cfg.quick else [
         "--dataset=gpu-fables", "--block_size=512", "--batch_size=32", "--learning_rate=2e-3",
@@ -313,7 +313,7 @@ def train_fables(cfg):
 
 
 def sample_fables(cfg):
-    """How many of 100 fables the grammar could have told, and how many have two names."""
+    """Count how many of 100 sampled fables the grammar could have told, and how many have two names."""
     best, names = Path(cfg.out) / "fables" / "best", set(fable_grammar.POOLS["name"])
     model, tokenizer = open_model(best, pick_device(cfg.device)).eval(), Tokenizer.load(best)
     prompts, length = [[tokenizer.bos]] * (4 if cfg.quick else 100), 20 if cfg.quick else 400
@@ -323,7 +323,7 @@ def sample_fables(cfg):
 
 
 def tune_fables(cfg):
-    """LoRA for cfg.tune_minutes, and how many instructions are followed."""
+    """Tune with LoRA for cfg.tune_minutes, and report how many instructions the model follows."""
     out, minutes = Path(cfg.out).resolve(), 0.02 if cfg.quick else cfg.tune_minutes
     best = out / "fables" / "best"
     if not best.exists():
@@ -341,7 +341,7 @@ def tune_fables(cfg):
 
 
 def torchrun(cfg, name):
-    """One process under torchrun, on NCCL (on CPUs gloo): some steps in bfloat16, a save, and as many steps from it."""
+    """Run one process under torchrun, on NCCL (on CPUs gloo): train in bfloat16, save, resume, train as long again."""
     half, launcher = 2 if cfg.quick else 20, ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
     flags = [*small_run(cfg), f"--fsdp={name == 'fsdp'}", "--dtype=bfloat16", f"--device={cfg.device}"]
     for more in ([f"--max_iters={half}"], [f"--max_iters={2 * half}", "--init_from=resume"]):
@@ -428,7 +428,7 @@ def ends(cfg):
 
 
 def do(cfg, item):
-    """Run an item in this process, which ends with its parent."""
+    """Run an item in this process. The process ends when its parent ends."""
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     end = {"status": "ok"}
     try:

@@ -49,6 +49,33 @@ def check(command):
             coerce(word, key, str(value) if str in types[key] else value, types[key] + (str,) * str(value).isupper())
 
 
+def anchors(page):
+    """Return the anchors of a page's headings, as GitHub forms them."""
+    headings = re.findall(r"(?m)^#+ (.*)$", BLOCK.sub("", page.read_text(encoding="utf-8")))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# words of ours that readers had to guess, and the field's word for each
+TRUE_NOW = "what is true now"
+PRIVATE_WORDS = {
+    r"\b[Uu]pdates? of \d": "step of", r"tokens an update": "tokens per step", r"\bmean gradient\b": "momentum buffer",
+    r"\bmade again\b": "recomputed", r"\bone's own\b": "your own", r"\banew\b": "again", r"\bgoes by\b": "uses",
+    r"\bwas the goal\b": TRUE_NOW, r"\bwas aimed at\b": TRUE_NOW, r"\bthe code of that day\b": TRUE_NOW,
+    r"\btheirs comes nearer\b": "the gap narrows",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_are_narrow_and_use_the_words_of_the_field(page):
+    """Code, tables and addresses may be wider than 120 columns."""
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    for number, line in enumerate(text.splitlines(), 1):
+        is_free = line.startswith("|") or "http" in line
+        assert len(line) <= 120 or is_free, f"{page.name}, line {number}: {len(line)} columns"
+    for word, better in PRIVATE_WORDS.items():
+        assert not (found := re.search(word, text)), f"{page.name}: {found[0]!r}; write {better!r}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_links_name_what_exists(page):
     text = page.read_text(encoding="utf-8")
@@ -60,6 +87,10 @@ def test_commands_and_links_name_what_exists(page):
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", text)) if ":" not in link]
     missing = [link for link in links if not (page.parent / link).exists()]
     assert not missing, f"{page.name} links to {missing}"
+    for target, anchor in re.findall(r"\]\(([\w./-]*)#([\w-]+)\)", BLOCK.sub("", text)):
+        assert anchor in anchors(page.parent / target if target else page), (
+            f"{page.name}: no heading #{anchor} in {target}"
+        )
     for kind, code in BLOCK.findall(text):
         assert kind != "python" or ast.parse(code), code
 

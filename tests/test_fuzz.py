@@ -4,17 +4,22 @@ python -m pytest -n 0 -m slow tests/test_fuzz.py        # ten minutes of it
 """
 
 import contextlib
+import gzip
 import json
 import random
 import time
 from dataclasses import fields
 
 import pytest
-from conftest import SETTINGS, TINY, copy_project, run_inside, run_script, settings_of
+from conftest import SETTINGS, TINY, copy_project, run_inside, run_script, settings_of, small_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
+from lora import TEMPLATES
+from support.conversations import COLUMNS, FIELDS, REFUSED, ROLES, encode_conversation, read_messages
 from support.settings import UserError, configure
+from support.tokenizer import Tokenizer
 
 TRAIN = ["--dataset=fables", *TINY, "--max_iters=2", "--eval_interval=2", "--sample_tokens=2", "--eval_tokens=100"]
 SAMPLE = ["--device=cpu", "--max_new_tokens=3"]
@@ -36,6 +41,13 @@ def project(tmp_path_factory):
     records = [{"instruction": f"Say {i}.", "input": "", "output": f"It is {i}."} for i in range(12)]
     (path / "records.json").write_text(json.dumps(records))
     (path / "text.txt").write_text("A text.\n<|endoftext|>\nAnother.\n" * 20)
+    rows = "".join(json.dumps({"text": f"Text {i}.", "id": i}) + "\n" for i in range(12))
+    (path / "text.jsonl").write_text(rows)
+    (path / "text.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+    (path / "text.csv").write_text("text,id\n" + "".join(f'"Text, {i}.",{i}\n' for i in range(12)))
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi."},
+             {"role": "assistant", "content": "Hello.", "weight": 1}]  # fmt: skip
+    (path / "chats.json").write_text(json.dumps([{"messages": turns, "id": i} for i in range(12)]))
     (path / "photos").mkdir()
     (path / "photos" / "a.jpg").write_text("a picture")
     run_script(path, "lora.py", *LORA, "--out_dir=out/tuned")
@@ -130,6 +142,85 @@ def test_random_command_lines_succeed_or_end_in_one_line(project):
             ends_well(project, *random_command(seed))
 
 
+# ---- records and tokenizers ------------------------------------------------------------------------------------------
+
+TEXTS_AND_ODD = [
+    st.text(max_size=5),
+    st.sampled_from(["", "a", "half \ud83d"]),
+    st.none(),
+    st.booleans(),
+    st.integers(),
+]
+VALUES = st.one_of(
+    *TEXTS_AND_ODD,
+    st.floats(),
+    st.lists(st.one_of(st.none(), st.text(max_size=3)), max_size=2),
+    st.dictionaries(st.text(max_size=3), st.none(), max_size=1),
+    st.just([{"type": "text", "text": "a"}]),
+    st.just([{"type": "image", "url": "a"}]),
+)
+NAMES = sorted({name for names in (*COLUMNS.values(), *FIELDS.values()) for name in names} | REFUSED | {"id", "text"})
+MESSAGES = st.lists(
+    st.one_of(
+        VALUES,
+        st.fixed_dictionaries(
+            {"role": st.sampled_from([*ROLES, "tool", None]), "content": st.one_of(st.text(), VALUES)}
+        ),
+        st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=4),
+    ),
+    max_size=5,
+)
+RECORDS = st.dictionaries(st.sampled_from(NAMES), st.one_of(VALUES, MESSAGES), max_size=4)
+
+
+@settings(max_examples=500, deadline=None)
+@given(RECORDS)
+def test_any_record_is_read_or_refused_in_one_line(record):
+    try:
+        messages = read_messages(record)
+    except UserError as e:
+        assert str(e) and "\n" not in str(e)
+        return
+    assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2) and messages
+    assert all(type(m.get(key, "")) is str for m in messages for key in ("content", "input", "system"))
+    ids, is_response = encode_conversation(small_tokenizer(), messages, TEMPLATES["alpaca"])
+    assert len(ids) == len(is_response)
+
+
+SPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+PARTS = {
+    "normalizer": [
+        None, {"type": "NFC"}, {"type": "Lowercase"}, {"type": "Strip", "strip_left": True, "strip_right": True},
+        {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    ],
+    "pre_tokenizer": [
+        None, SPACE, SPACE | {"prepend_scheme": "first"}, SPACE | {"prepend_scheme": "never"}, BYTES,
+        BYTES | {"add_prefix_space": True},
+    ],
+    "decoder": [None, SPACE, SPACE | {"prepend_scheme": "never"}, {"type": "Fuse"}, BYTES],
+    "post_processor": [None, BYTES | {"trim_offsets": False}],
+}  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.fixed_dictionaries({part: st.sampled_from(values) for part, values in PARTS.items()}))
+def test_any_tokenizer_is_one_that_others_agree_with_or_is_refused(tmp_path_factory, parts):
+    path = tmp_path_factory.mktemp("tokenizer")
+    try:
+        tokenizer = Tokenizer(small_tokenizer().spec | parts)
+    except ValueError as e:
+        assert "\n" not in str(e)
+        return
+    for text in ("Once upon a time", " a fox", "a  b. ", "the\nend"):
+        ids = tokenizer.encode(text).tolist()
+        assert tokenizer.decode(ids) == "".join(tokenizer.decode([i]) for i in ids)
+        assert tokenizer.decode(ids) in (text, text.lower())
+    tokenizer.save(path)
+    theirs = AutoTokenizer.from_pretrained(path)
+    assert theirs("Once upon").input_ids == [tokenizer.bos, *tokenizer.encode("Once upon").tolist()]
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 RESUME = ("train.py", [*TRAIN, "--init_from=resume", "--out_dir=out/base", "--max_iters=3"])
@@ -149,7 +240,9 @@ READ_BY = {  # a file: the commands that read it
     "out/tuned/best/adapter_model.safetensors": [("sample.py", [*SAMPLE, "--adapter=out/tuned/best"])],
     "out/tuned/best/instruct.json": [("sample.py", [*SAMPLE, "--adapter=out/tuned/best", "--instruct=Hi"])],
     "records.json": [("lora.py", [*LORA, "--out_dir=out/fuzzed"])],
-    "text.txt": [("prepare.py", ["--dataset=text.txt", "--tokenizer=bpe:270", "--name=fuzzed"])],
+    "chats.json": [("lora.py", [*LORA, "--data=chats.json", "--out_dir=out/fuzzed"])],
+    **{file: [("prepare.py", [f"--dataset={file}", "--tokenizer=bpe:270", "--name=fuzzed"])]
+       for file in ("text.txt", "text.jsonl", "text.jsonl.gz", "text.csv")},
 }  # fmt: skip
 
 
