@@ -62,7 +62,7 @@ class LoraConfig:
     max_tokens_per_batch: int = 4096  # limit of a batch; several records share a row
     batch_size: int = 0  # records per batch, about; 0: 1% of all, at least 4; max_tokens_per_batch may lower it
     val_fraction: float = 0.05  # share of the records to hold out; more if that would be fewer than about 8
-    num_checked: int = 1200  # held-out instructions of a bundled corpus to check; before tuning, the first 240 only
+    num_checked: int = 1200  # most held-out records to answer and check; before tuning, the first 240 of them
     num_samples: int = 4  # answers shown before and after tuning
     top_k: int = 5  # the shown answers are drawn from the k likeliest tokens
     merge: bool = False  # at the end, also save the model with the best adapter merged in, to out_dir/merged
@@ -272,7 +272,7 @@ class InstructionTuning:
         self.val_rows = pack(val_lengths, self.row_length)
 
     def encode_all(self, conversations):
-        """Return [(ids, labels), ...] for the conversations that fit, and these conversations as they were cut. Labels
+        """Return [(ids, labels), ...] for the usable conversations, and these conversations, cut to size. Labels
         are the token ids in responses, and -100 elsewhere."""
         encoded, used = [], []
         for messages in conversations:
@@ -394,11 +394,11 @@ def main(lora_cfg, cfg):
     task.cfg = cfg = fill_in(task, state.settings)
     print_plan(task)
     if cfg.init_from != "resume":  # saved with the state, so that a resumed run can report it too
-        state.before = measure(task, num_checked=240)
+        state.before = measure(task, min(240, lora_cfg.num_checked))
     fit(task, cfg, state, device)
     best = latest_intact_dir(Path(cfg.out_dir) / "best")
     load_checkpoint(model, best)
-    after = measure(task)
+    after = measure(task, lora_cfg.num_checked)
     if get_rank() == 0:
         report(task, state, after)
         if lora_cfg.merge:
@@ -476,7 +476,7 @@ def print_plan(task):
 
 
 def measure(task, num_checked=None):
-    """Return (figures by name, answers) for the report. num_checked: number of answers to check; None: all."""
+    """Return (figures by name, answers) for the report. num_checked: most answers to check; None: all."""
     lora_cfg, records = task.lora_cfg, task.val_records
     task.model.eval()
     checked, outcomes = records[:num_checked], {"exact match": []}
@@ -633,8 +633,8 @@ def template_of(path, tokenizer):
 
 
 def choose_template(name, paths, tokenizer):
-    """Return a chat template, and its name and source for the user. `name`, from --template, decides; without it, the
-    first of the directories `paths` that has a template; without one, alpaca."""
+    """Return a chat template, and its name and source as a text. It is the template `name`, or that of the first of the
+    directories `paths` that has one, or alpaca."""
     if name:
         return TEMPLATES[name], f"{name} (--template)"
     for path in paths:

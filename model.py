@@ -71,7 +71,7 @@ class GemmaConfig:
 
 def linear(x, weight, packed=None):
     """Return x (..., in) times weight (out, in), shape (..., out). packed: None, or (the weight in oneDNN's layout for
-    few tokens, its version when it was packed), which halves the time on CPUs and gives the same bits."""
+    few tokens, its version when it was packed), which takes about half the time on CPUs, for the same bits."""
     if packed is None or packed[1] != weight._version:
         return F.linear(x, weight)
     return torch.ops.mkldnn._linear_pointwise(x, packed[0], None, "none", [], "")
@@ -121,8 +121,8 @@ QUERY_BLOCK = 128  # queries in a block of blocked_attention()
 
 
 def blocked_attention(q, k, v, window, scale, dropout, doc_ids=None):
-    """Causal attention of q (B, H, T, D) to k, v (B, K, T, D). Each query sees its own key and
-    the window - 1 keys before it; with doc_ids (B, T), only the keys of its own document.
+    """Causal attention of q (B, H, T, D) to k, v (B, K, T, D). Each query sees its own key and the
+    window - 1 keys before it. With doc_ids (B, T), it sees only the keys of its own document.
 
     Queries are multiplied in blocks, and only by keys that the block can see, so keys outside the window cost nothing.
     On CPUs this is faster than PyTorch's flash kernel, above all backward (tests/benchmark.py --job=attention)."""
@@ -512,7 +512,7 @@ class Gemma(nn.Module):
         return model.eval()
 
     def save_pretrained(self, path, weights=None):
-        """Write config.json, generation_config.json and model.safetensors. weights: replaces the model's own."""
+        """Write config.json, generation_config.json and model.safetensors. weights: saved instead of the model's."""
         path, c = Path(path), self.config
         path.mkdir(parents=True, exist_ok=True)
         ids = {"bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id, "pad_token_id": c.pad_token_id}

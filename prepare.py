@@ -50,7 +50,7 @@ class PrepareConfig:
     text_column: str = "text"  # column of the text in .jsonl, .csv, .parquet, ... and Hub datasets
     max_bad_rows: float = 0.1  # share of a file's rows that may be left out because they hold no text
     separator: str = "<|endoftext|>"  # text between the documents of a .txt file; \n stands for a line break
-    val_fraction: float | None = None  # share to hold out if there is no validation split; None: 0.01, or 0.1 of a single text
+    val_fraction: float | None = None  # share to hold out if there is no validation split; None: 0.01; for one text 0.1
     max_documents: int = 0  # stop after this many documents; 0: all (fables: 40,000)
     seed: int = 0  # chooses the texts that a bundled corpus generates
 
@@ -112,7 +112,7 @@ class Corpus:
 
 
 def start_or_resume(part, cfg, corpus):
-    """Return the tokenizer in the folder `part`. Create it, unless an interrupted run with the same settings left one."""
+    """Return the tokenizer in the folder `part`. Create it, unless an interrupted run of the same task left one."""
     files = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in source_files(Path(cfg.dataset))[0]]
     task = json.dumps(asdict(cfg) | {"source": corpus.source, "files": files, "shard": SHARD_CHARS})
     shards = list(part.glob("shard-*.npz"))
@@ -247,10 +247,10 @@ def make_tokenizer(name, texts):
 
 # ---- corpora ---------------------------------------------------------------------------------------------------------
 
-# Bundled corpora. Each is a module with documents(seed, count), which returns an iterator of texts (count 0: as many as
-# the corpus likes); bits(text), which returns -log2 of the text's probability, or bits = None; and TOKENIZER, the
-# default of --tokenizer. For lora.py --data, it also has records(seed, count, held_out), which yields conversations, and
-# follows(turn, answer), which tells whether an answer follows the instruction. See data/fable_grammar.py.
+# Bundled corpora. Each is a module with documents(seed, count), which returns an iterator of texts (count 0: a default
+# number); bits(text), which returns -log2 of the text's probability, or bits = None; and TOKENIZER, the default of
+# --tokenizer. lora.py --data also needs records(seed, count, held_out), which yields conversations, and follows(turn,
+# answer), which returns whether an answer follows the instruction. See data/fable_grammar.py.
 CORPORA = {"fables": "data.fable_grammar"}
 
 

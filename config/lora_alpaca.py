@@ -1,5 +1,5 @@
-# Stanford Alpaca's 52,000 instructions on Gemma 3 270M, one epoch, with lora.py's defaults (rank 8 on all linear layers,
-# AdamW at 2.4e-4, warmup and cooldown). For one GPU. Not yet measured.
+# Stanford Alpaca's 52,000 instructions on Gemma 3 270M, one epoch, with the defaults of lora.py: rank 8 on all linear
+# layers, AdamW at 2.4e-4, warmup and cooldown. For one GPU. Not yet measured.
 #
 #     python lora.py config/lora_alpaca.py
 data = "alpaca"

@@ -1,22 +1,22 @@
 """
-The bundled corpus: a probabilistic grammar that tells short fables. The grammar itself is fable_grammar.txt.
+The bundled corpus: a probabilistic grammar that generates short fables. The grammar itself is fable_grammar.txt.
 
-    python data/fable_grammar.py            # tells one
-    python data/fable_grammar.py 5          # tells the sixth
+    python data/fable_grammar.py            # prints a fable
+    python data/fable_grammar.py 5          # prints the sixth fable
 
-Every choice in the grammar is uniform, so a text's probability is known: derivations(text) reads a text back and
-returns every way the grammar could have told it, with its information in bits. The grammar is written so that there is
-one way only (prepare.py insists on it for every fable it holds out); its bits are then exactly -log2 p(text), and their
-mean over a set of fables, per byte, is the entropy floor below which no model can go.
+Every choice in the grammar is uniform, so a text's probability is known. derivations(text) parses a text and returns
+every way in which the grammar could generate it, with the information in bits. The grammar is written so that there is
+only one way, and prepare.py checks this for every held-out fable. So its bits are exactly -log2 p(text). The sum of the
+bits of a set of fables, divided by their bytes, is the entropy floor below which no model can go.
 
-How fable_grammar.txt is read: `= pool` lists words; `: rule` lists alternatives, each after `- `; `* plot` is a story:
-what its hero does ({does} in other rules), its text, and after `>` its lessons. Inside a text, [a|b] is a choice,
-{rule} a rule, {slot} a word drawn once from its pool and the same ever after, {a slot} the word after its article, and
-a capital letter ({A slot}, {Slot}) makes one in the text.
+Format of fable_grammar.txt: `= pool` lists words. `: rule` lists alternatives, each after `- `. `* plot` is a story:
+its hero's action ({does} in other rules), its text, and after `>` its lessons. Inside a text, [a|b] is a choice and
+{rule} is a rule. {slot} is a word that is drawn once from its pool and then stays the same. {a slot} is the word with
+its article, and {A slot} or {Slot} begins with a capital letter.
 
-    documents(seed, count), bits(text)      # what prepare.py asks of a bundled corpus
+    documents(seed, count), bits(text)      # the functions that prepare.py needs
     records(seed, count)                    # conversations to learn from: instructions about fables, and their answers
-    follows(turn, answer)                   # whether an answer does what is asked
+    follows(turn, answer)                   # whether an answer follows its instruction
 """
 
 import math
@@ -47,7 +47,7 @@ SLOTS = {
     "trait": "trait",
     "ftrait": "trait",
 }
-# a pronoun follows the name it stands for: word -> (slot, for a he, for a she); f marks the friend's
+# a pronoun agrees with the name in a slot: word -> (slot, masculine form, feminine form); f marks the friend's pronouns
 PRONOUNS = {
     prefix + he: (slot, he, she)
     for prefix, slot in (("", "hero"), ("f", "friend"))
@@ -56,11 +56,11 @@ PRONOUNS = {
 
 
 def parse(text):
-    """A template as a tuple of nodes: a string, a list (choice) of tuples, or a (modifier, name) pair in braces."""
+    """Return a template as a tuple of nodes: strings, lists of tuples (a choice), and (modifier, name) from braces."""
     text = re.sub(r"\s*\n\s*\|\s*|\s*\|\s*\n\s*", "|", text.strip())  # a line may begin or end with a bar
     text = re.sub(r"\s*\n\s*", " ", text)
     tokens = re.findall(r"[\[\]|]|\{[^}]*\}|[^\[\]|{}]+", text)
-    stack = [[[]]]  # per open bracket, its alternatives so far
+    stack = [[[]]]  # for each open bracket, its alternatives so far
     for token in tokens:
         if token == "[":
             stack.append([[]])
@@ -78,7 +78,7 @@ def parse(text):
 
 
 def read_grammar(path):
-    """The pools {name: [words]}, the rules {name: [nodes]} and the plots {name: what the hero does}."""
+    """Return the pools {name: [words]}, the rules {name: [nodes]} and the plots {name: nodes of the hero's action}."""
     pools, rules, plots = {}, {}, {}
     for section in re.split(r"\n(?=[=:*] )", "\n" + re.sub(r"(?m)^#.*\n", "", path.read_text(encoding="utf-8"))):
         head, _, body = section.strip().partition("\n")
@@ -101,8 +101,8 @@ POOLS["name"] = POOLS["he"] + POOLS["she"]
 
 
 def expand(node, slots):
-    """What a node says, as a string; or where there is a choice, its options and the slot that the chosen one fills
-    (None where the options are nodes to go on with)."""
+    """Return a node's text. If the node is a choice, return (options, slot) instead: the chosen option fills the slot,
+    or is a list of nodes to expand if slot is None."""
     if isinstance(node, list):
         return node, None
     modifier, name = node
@@ -117,7 +117,7 @@ def expand(node, slots):
     elif name in RULES:
         return RULES[name], None
     else:
-        key = "plot" if key == "does" else key  # a plot is drawn where it first matters
+        key = "plot" if key == "does" else key  # the plot is drawn at its first use
         pool = slots["plot"] if key == "lesson" else SLOTS[key]
         taken = [slots.get(other) for other, its in SLOTS.items() if its == pool]
         return [word for word in POOLS[pool] if word not in taken], key
@@ -131,20 +131,20 @@ def article(word, a="a"):
 
 
 def then(nodes, rest):
-    """The nodes still to come, as a linked list (node, rest): branches of a search can share its end."""
+    """Return nodes and then `rest`, as a linked list (node, rest). Branches of a search can share its end."""
     for node in reversed(nodes):
         rest = (node, rest)
     return rest
 
 
 def tell(seed, **slots):
-    """Tell the fable of this seed: (text, slots). Slots given beforehand, as hero="Pim", are kept."""
-    rng = random.Random(f"fable {seed}")  # a string: its whole hash seeds the generator
+    """Return (text, slots) of the fable of this seed. Given slots, such as hero="Pim", are kept."""
+    rng = random.Random(f"fable {seed}")  # a string, because its whole hash is the seed
     return say(RULES["fable"][0], rng, slots)
 
 
 def say(nodes, rng, slots):
-    """Say these nodes, drawing every choice: (text, slots as they are then)."""
+    """Expand nodes and draw every choice at random. Return (text, slots with the words that were drawn)."""
     parts, todo = [], then(nodes, None)
     while todo:
         node, rest = todo
@@ -158,12 +158,12 @@ def say(nodes, rng, slots):
         if slot is None:
             todo = then(option, rest)
         else:
-            slots = {**slots, slot: option}  # and the same node again: it now has a word
+            slots = {**slots, slot: option}  # the same node comes next again: now its slot is filled
     return "".join(parts), slots
 
 
 def derivations(text):
-    """Every way the grammar can tell exactly this text: a list of (bits, slots), empty if it can't."""
+    """Return every way in which the grammar can generate exactly this text, as a list of (bits, slots)."""
     found, branches = [], [(0, 0.0, {}, then(RULES["fable"][0], None))]
     while branches:
         at, bits, slots, todo = branches.pop()
@@ -191,18 +191,18 @@ TOKENIZER = "bpe:2048"
 
 
 def documents(seed, count):
-    """An iterator of fables, 40,000 where count is 0."""
+    """Return an iterator of `count` fables, or of 40,000 if count is 0."""
     return (tell(f"{seed}/{i}")[0] for i in range(count or 40_000))
 
 
 def bits(text):
-    """-log2 of the probability with which the grammar tells this fable."""
+    """Return -log2 of the probability that the grammar generates this fable."""
     ((information, _),) = derivations(text)  # exactly one, or the entropy floor would be wrong
     return information
 
 
 def is_held_out(kind, plot):
-    """Whether a hero of this kind in this plot is kept from instruction training: one pair in ten."""
+    """Return whether this pair of a hero's kind and a plot is held out from training. One pair in ten is."""
     return zlib.crc32(f"{kind} {plot}".encode()) % 10 == 0
 
 
@@ -216,9 +216,9 @@ TASKS = ["tell", "rewrite", *QUESTIONS]
 
 
 def records(seed, count, held_out=False):
-    """Conversations to train on; or held-out ones of one turn, whose answers `follows` can check. Each is a list of
-    messages, dicts of role and content; the user's have an input and the whole turn too."""
-    # whole fables take the most learning
+    """Yield conversations to train on, or held-out ones of one turn, whose answers follows() can check. Each is a list
+    of messages, dicts with role and content. A user's message also has an input and the whole turn."""
+    # training repeats the tasks that need a whole fable, because they are the hardest
     tasks, where = (TASKS, f"{seed}/held out") if held_out else ([*TASKS, "tell", "tell", "rewrite"], seed)
     for i in range(count):
         turns = conversation(f"{where}/{i}", tasks[i % len(tasks)], held_out)
@@ -230,9 +230,9 @@ def records(seed, count, held_out=False):
 
 
 def conversation(seed, task, held_out=False):
-    """An instruction about a fable and then questions about the same fable, with the answers the grammar gives: a list
-    of turns, each a dict of task, instruction, input, output and what `follows` checks an answer by. Every fable in it,
-    told, given or asked for, is of a held-out pair; or none is."""
+    """Return an instruction about a fable, then questions about the same fable, with the grammar's answers. Each turn
+    in the list is a dict with task, instruction, input, output and the keys by which follows() checks an answer. Either
+    all fables of the conversation have a held-out pair, or none has."""
     rng = random.Random(f"conversation {seed}")
     kind, plot = rng.choice(POOLS["animal"]), rng.choice(POOLS["plot"])
     while is_held_out(kind, plot) != held_out:
@@ -253,7 +253,7 @@ def conversation(seed, task, held_out=False):
             return conversation(f"{seed} again", task, held_out)
         new = rng.choice(others)
         retold = text
-        while kind in words_of(retold):  # as one of the guests, say
+        while kind in words_of(retold):  # a guest, for example, can be of the old kind
             retold, _ = say(RULES["summarized fable"][0], rng, {**slots, "kind": new})
         words = [new, *(slots[slot] for slot in ("hero", "friend", "fkind", "place"))]
         ask = f"Rewrite this fable with {article(new)}."
@@ -262,7 +262,7 @@ def conversation(seed, task, held_out=False):
     turns = [] if task in QUESTIONS else [{**first, "task": task, "lessons": POOLS[plot]}]
     for question in questions:
         ask, answer = (say(parse(said), rng, slots)[0] for said in QUESTIONS[question])
-        context = "" if turns else text  # after the first turn, it is known what the talk is about
+        context = "" if turns else text  # later turns are about the same fable
         turns.append({"task": question, "instruction": ask, "input": context, "output": answer})
     return turns
 
@@ -272,8 +272,8 @@ def words_of(text):
 
 
 def follows(turn, answer):
-    """Whether an answer does what an instruction asks. A question has one right answer; a fable has to use the words
-    asked for, name two animals, and end in a lesson of the plot; one told anew must not name the old animal."""
+    """Return whether an answer follows its instruction. A question has one right answer. A fable must contain the
+    requested words, exactly two names and a lesson of the plot. A rewritten fable must not mention the old animal."""
     if "words" not in turn:
         return answer.strip() == turn["output"]
     words = words_of(answer)

@@ -1,10 +1,10 @@
 """
-Make records whose answers are either right or wrong: short customer messages, and the order in each as JSON.
+Make records whose answers are either right or wrong: short customer messages, each with its order as JSON.
 
     python data/orders.py              # writes data/orders.json: 1,200 records
     python lora.py --init_from=google/gemma-3-270m --data=data/orders.json
 
-Messages combine phrases at random. A held-out message has known phrases in a combination of its own."""
+Each message combines phrases at random. A held-out message combines known phrases in a new way."""
 
 import json
 import random
@@ -40,7 +40,7 @@ def record(rng):
 
     def count():
         words, number = rng.choice([*COUNTS.items(), *((str(n), n) for n in rng.sample(range(2, 200), 8))])
-        order["quantity"] = number  # the last one said is meant
+        order["quantity"] = number  # the last count in the message is the valid one
         return words
 
     def maybe(key, choices, phrases):
@@ -67,7 +67,7 @@ def record(rng):
 
 def main(count=1200, path=None, seed=0):
     rng, path = random.Random(seed), path or Path(__file__).with_name("orders.json")
-    records = {r["input"]: r for r in (record(rng) for _ in range(count))}  # no message twice
+    records = {r["input"]: r for r in (record(rng) for _ in range(count))}  # no duplicate messages
     path.write_text(json.dumps(list(records.values()), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{path}: {len(records):,} records")
 

@@ -1,8 +1,8 @@
-"""Records of any usual shape to conversations, and conversations to tokens through a chat template.
+"""Convert records of any usual format to conversations, and conversations to tokens with a chat template.
 
 A conversation is a list of messages: dicts with "role" ("user" or "assistant") and "content". A user's message may have
 an "input", the text that its content is about, and a "system" message before it. An assistant's message with "learn":
-False is context only. docs/records.md lists what is read and what is refused."""
+False is context only. docs/records.md lists the formats that are read or refused."""
 
 import functools
 import itertools
@@ -17,7 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from support.settings import UserError, user_errors
 
-# our name for a column: the names that records give it
+# our name for a column: its names in records
 COLUMNS = {
     "messages": ("messages", "conversations", "conversation"), "instruction": ("instruction", "prompt", "question"),
     "input": ("input", "context"), "response": ("output", "response", "completion", "answer"),
@@ -37,9 +37,9 @@ REFUSED = {
 
 
 def read_messages(record, notes=None):
-    """Return the conversation in a record. Raises UserError for a record that would not be understood.
+    """Return the conversation in a record. Raises UserError for a record that cannot be understood.
 
-    notes: a Counter of what was not read, by a short description."""
+    notes: a Counter of the parts that were not read, by a short description."""
     notes = Counter() if notes is None else notes
     found = read_fields(record, COLUMNS, notes, "column")
     if found["messages"] is not None:
@@ -54,7 +54,7 @@ def read_messages(record, notes=None):
         answers = response if isinstance(response, list) else [{"role": "assistant", "content": response}]
         context = [message | {"weight": 0} for message in asked if isinstance(message, dict)]
         if len(context) < len(asked) or not all(isinstance(message, dict) for message in answers):
-            raise UserError("a list that is no list of messages, such as several answers: make a record of each")
+            raise UserError("it has a list, but not of messages: if it lists several answers, make a record of each")
         return read_turns([*context, *answers], found["system"], notes)
     texts = [as_text(found[key], key, notes) for key in ("instruction", "input", "response", "system")]
     history = found["history"] or []
@@ -66,10 +66,10 @@ def read_messages(record, notes=None):
 
 
 def read_fields(record, names, notes, kind):
-    """Return {our name: value} of a dict, None where there is none. Two values under two names are refused."""
+    """Return {our name: value} of a dict, with None for a missing one. Two names with two values are refused."""
     if not isinstance(record, dict):
         raise UserError(f"it is {type(record).__name__}, not an object")
-    # pandas writes NaN, which equals nothing, for an empty cell
+    # pandas writes an empty cell as NaN, which does not equal itself
     given = {key: value for key, value in record.items() if value not in (None, "", [], {}) and value == value}
     if refused := sorted(key for key in given.keys() & REFUSED if key != "label" or isinstance(given[key], bool)):
         raise UserError(f"its {kind} {refused[0]!r} is not supported, and leaving it out would change what is learned")
@@ -136,22 +136,22 @@ def exchange(instruction, context, response):
     return [{"role": "user", "content": instruction, "input": context}, {"role": "assistant", "content": response}]
 
 
-# a content's place in a rendered template, with the space before it. An em space on a side shows that the template
-# keeps white space there
+# The place of a message's content in a rendered template, with the space before it. If an em space remains on a side,
+# the template keeps white space there
 PLACE = re.compile("( ?)(\u2003?)\0([0-9]+)\0(\u2003?)")
 
 
 def encode_conversation(tokenizer, messages, template):
-    """Return the token ids of a conversation, and for each id whether it is part of a response or the end of one. In
-    the template "short" these are the marked ids:
+    """Return the token ids of a conversation, and for each id whether it belongs to a response or ends one. In the
+    template "short", the underlined ids do:
 
         <|endoftext|>Instruction: Who is it?\\nResponse: Emil.<|endoftext|>
                                                         ^^^^^^^^^^^^^^^^^^^
 
     template: the text of a chat template. If the last message is a user's, the ids are a prompt for the response.
-    Training and sampling both call this function, so their prompts cannot differ. The ids are those of transformers'
-    apply_chat_template(), but the name of a special token in a content remains text."""
-    knows_input = re.search(r"\bm\.input\b", template)  # as the templates in lora.py do
+    Training and sampling both call this function, so their prompts cannot differ. The ids equal those of transformers'
+    apply_chat_template(), except that the name of a special token in a message stays text."""
+    knows_input = re.search(r"\bm\.input\b", template)  # the templates in lora.py do
     contents, marked = [], []  # (text, its message), and the messages with a mark in place of each content
     for message in messages:
         texts = {"content": message["content"], "input": message.get("input") or ""}
@@ -190,7 +190,7 @@ def encode_conversation(tokenizer, messages, template):
         is_response.extend([learn] * len(new_ids))
 
     for item in stream:
-        if isinstance(item, str) and learn is not None:  # this template has no token there
+        if isinstance(item, str) and learn is not None:  # the template has no token after a response
             add([tokenizer.eot], learn)
             learn = None
         if isinstance(item, str):

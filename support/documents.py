@@ -1,4 +1,4 @@
-"""Files of text or of rows, plain or compressed, read piece by piece into texts and records."""
+"""Read texts and records from files of text or of rows, plain or compressed, piece by piece."""
 
 import csv
 import glob
@@ -14,12 +14,12 @@ from support.settings import UserError, first_line, user_errors
 
 TEXTS, ROWS = (".txt", ".md"), (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
-# what stands beside a dataset and is none of it
+# files that describe a dataset and are not part of it
 DESCRIPTIONS = r"(readme|license|dataset_infos?|dataset_dict|state)\.\w+|cache-.*\.arrow"
 
 
 def kind_of(path):
-    """Return the suffix that says what is in a file, such as ".jsonl" of part-1.jsonl.gz; "" if it cannot be read."""
+    """Return the suffix of a file's format, such as ".jsonl" for part-1.jsonl.gz; "" if the format is not read."""
     path = Path(path)
     inner = Path(path.stem).suffix.lower() if path.suffix.lower() in COMPRESSED else path.suffix.lower()
     is_packed_table = inner in (".parquet", ".arrow") and inner != path.suffix.lower()
@@ -27,8 +27,8 @@ def kind_of(path):
 
 
 def source_files(path):
-    """Return (the files of a corpus, {file: why it is left out}): `path` itself, or all files below it that are not
-    hidden. A file that can be reached in two ways is read once."""
+    """Return (the files of a corpus, {left-out file: reason}). The corpus is the file `path`, or all files below the
+    folder `path` that are not hidden. A file with a second link to it is read once."""
     found = [Path(path, name) for name in sorted(glob.glob("**", root_dir=path, recursive=True))] or [Path(path)]
     files, left_out = {}, {}
     for file in (file for file in found if os.path.isfile(file)):
@@ -52,13 +52,13 @@ def print_left_out(path, left_out):
 
 
 def names_split(words, file, folder):
-    """Return whether a file's path below `folder` has one of these words in it, such as tiny-valid.txt has "valid"."""
+    """Return whether a file's path below `folder` contains one of these words, such as "valid" in tiny-valid.txt."""
     name = str(file.relative_to(folder)).removesuffix(file.suffix) if folder.is_dir() else ""
     return re.search(rf"(^|[-_. /\\])({words})([-_. /\\]|$)", name)
 
 
 def read_files(files, separator, text_column, max_bad_rows=0.1, notes=None):
-    """Yield the texts of the documents in some files. notes: {file: what was left out of it}, for the report."""
+    """Yield the texts of the documents in some files. notes: {file: counts of left-out rows}, for the report."""
     for path in files:
         if kind_of(path) in TEXTS:
             yield from read_txt(path, os.fsencode(separator), notes)
@@ -76,8 +76,8 @@ def open_binary(path):
 
 
 def read_txt(path, separator, notes=None):
-    """Yield the documents of a text file one by one, so that the file may be larger than memory. Windows' line ends
-    are read as \\n, also in the separator."""
+    """Yield the documents of a text file one by one, so that the file may be larger than memory. Windows line ends
+    are read as \\n, in the separator too."""
     counts = {"rows": 0, "unreadable": 0, "line_ends": 0}
     if notes is not None:
         notes[path] = counts
@@ -107,7 +107,7 @@ def read_txt(path, separator, notes=None):
 
 def read_rows(path):
     """Yield (place, row) of a file of rows, one by one. row: a dict, or the error that says why it cannot be read.
-    Values keep their types: `datasets` would give a whole column one type, and change texts beside a number."""
+    Values keep their types. `datasets` would force one type on a column, and so change texts in a column of numbers."""
     kind = kind_of(path)
     readers = {".parquet": read_tables, ".arrow": read_tables, ".csv": read_csv, ".tsv": read_csv}
     with user_errors(f"{path}: not readable as {kind[1:]}"):
@@ -117,7 +117,7 @@ def read_rows(path):
 
 
 def read_tables(path):
-    """Parquet, and Arrow streams and files, as datasets' save_to_disk() writes them."""
+    """Yield the rows of a Parquet file, or of an Arrow stream or file, which datasets' save_to_disk() writes."""
     import pyarrow.parquet  # slow to import
 
     if path.suffix.lower() == ".parquet":
@@ -142,7 +142,7 @@ def read_csv(path):
 
 
 def read_json(path):
-    """The items of a JSON list, or of a file with one JSON value a line."""
+    """Yield the items of a JSON list, or of a file with one JSON value per line."""
     with open_binary(path) as f:
         is_list = f.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
     with open_binary(path) as f:
@@ -161,8 +161,8 @@ def read_json(path):
 def column(rows, name, source, max_bad_rows=0.1, notes=None):
     """Yield the texts in one column of rows, from read_rows() or the Hub. source: their name, for messages.
 
-    A row that has no such column, or no text in it, is left out and noted, and so is an empty one. UserError if the
-    former are a larger share than max_bad_rows."""
+    Rows without this column or without a text in it are left out and counted, and so are empty texts. Raises UserError
+    if rows without a text are a larger share than max_bad_rows."""
     count, counts, first = 0, dict.fromkeys(("unreadable", "empty", "repaired"), 0), ""
 
     def check():
@@ -176,7 +176,7 @@ def column(rows, name, source, max_bad_rows=0.1, notes=None):
 
     for count, (place, row) in enumerate(rows, 1):
         text = row.get(name, row) if isinstance(row, dict) else row
-        text = "" if text is None or text != text else text  # NaN equals nothing
+        text = "" if text is None or text != text else text  # NaN does not equal itself
         if isinstance(text, str):
             repaired = text.encode(errors="replace").decode().strip()  # JSON can hold half of a surrogate pair
             counts["repaired"] += repaired != text.strip()

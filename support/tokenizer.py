@@ -1,4 +1,4 @@
-"""Tokenizers in the Hugging Face format. tiktoken runs those that are byte-level BPE, `tokenizers` the others."""
+"""Tokenizers in the Hugging Face format. tiktoken runs byte-level BPE tokenizers, `tokenizers` runs the others."""
 
 import itertools
 import json
@@ -40,7 +40,7 @@ class Tokenizer:
 
     def __init__(self, spec, config=None):
         """spec: dict of tokenizer.json. config: dict of tokenizer_config.json, if there is one."""
-        # truncation and padding are left over from fine-tuning
+        # some files still contain the truncation and padding of a fine-tuning
         self.spec = spec = spec | {"truncation": None, "padding": None}
         self.config = config or {}
         special = {t["content"]: t["id"] for t in spec["added_tokens"] if t["special"]}
@@ -57,15 +57,15 @@ class Tokenizer:
         self.pad = special[self.pad_token]
         self.ids_of_markers = special  # {name: id} of the special tokens
         self.markers = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
-        # the ids that a text can have; a tokenizer may name more special tokens than its models have rows for
+        # the ids that a text can have. A tokenizer may name more special tokens than its models know
         ids, plain = spec["model"]["vocab"].values(), [t["id"] for t in spec["added_tokens"] if not t["special"]]
         if len(set(ids)) < len(ids):
             raise ValueError("two tokens of the vocabulary have the same id")
         self.text_ids = {*ids, *plain} - {*special.values()}
         self.vocab_size = 1 + max(*self.text_ids, self.eot, self.bos)
-        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)  # in the bins
+        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)  # of the .bin files
         self.hf = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        self.hf.encode_special_tokens = True  # their names are text
+        self.hf.encode_special_tokens = True  # their names in a text stay text
         for token in spec["added_tokens"]:  # `tokenizers` numbers them without gaps, whatever the file says
             name, i = token["content"], token["id"]
             if i in self.text_ids and (found := self.hf.token_to_id(name)) != i:
@@ -75,7 +75,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path):
-        """Read a tokenizer.json, or the one in a directory, and the two files that may lie beside it."""
+        """Load a tokenizer.json, or the one in a directory, and the configuration and chat template beside it."""
         path = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
         with user_errors(f"{path}: not a tokenizer.json that can be used"):
             spec, beside = json.loads(path.read_text(encoding="utf-8")), path.with_name("tokenizer_config.json")
@@ -84,20 +84,20 @@ class Tokenizer:
             return cls(spec, {**config, "chat_template": template} if template else config)
 
     def check_rows(self, rows):
-        """Raise UserError if a text can have ids that a model with so many rows in its embedding does not know."""
+        """Raise UserError if a text can have token ids beyond an embedding with this number of rows."""
         if self.vocab_size > rows:
             raise UserError(f"the tokenizer's {self.vocab_size} entries do not fit into vocab_size={rows}: use the "
                             "tokenizer that the model was trained with")  # fmt: skip
 
     def save(self, path):
         """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer opens."""
-        if self.hf.encode("a").ids[:1] != [self.bos]:  # so that other programs too begin a text with the bos token
+        if self.hf.encode("a").ids[:1] != [self.bos]:  # so that other programs begin a text with the bos token too
             first = [(self.bos_token, self.bos)]
             self.hf.post_processor = processors.TemplateProcessing(f"{self.bos_token} $A", special_tokens=first)
             self.spec["post_processor"] = json.loads(self.hf.to_str())["post_processor"]
         (path / "tokenizer.json").write_text(json.dumps(self.spec, ensure_ascii=False), encoding="utf-8")
         names = {"bos_token": self.bos_token, "eos_token": self.eot_token, "pad_token": self.pad_token}
-        # other classes build a tokenizer of their own, whose first token may differ
+        # other classes build their own tokenizer, whose first token may differ
         own = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         (path / "tokenizer_config.json").write_text(json.dumps(names | self.config | own, indent=2) + "\n")
 
@@ -112,7 +112,7 @@ class Tokenizer:
     def encode_documents(self, texts):
         """Return the token ids of all texts as one uint32 array, with end-of-text after each."""
         if self.bpe and not any(self.eot_token in text or len(split_long_words(text)) > 1 for text in texts):
-            # one call for many documents, because tiktoken releases the GIL; texts between special tokens do not merge
+            # one call for many documents, because tiktoken releases the GIL. It does not merge across special tokens
             joined = "".join(text + self.eot_token for text in texts)
             return self.bpe.encode_to_numpy(joined, allowed_special={self.eot_token}, disallowed_special=())
         ended = [np.append(self.encode(text), np.uint32(self.eot)) for text in texts]
@@ -120,19 +120,19 @@ class Tokenizer:
 
     def decode(self, ids):
         """Return the text of token ids, without special tokens. An incomplete character at the end becomes U+FFFD."""
-        # an embedding may have more rows than the tokenizer has entries; they have no text
+        # an embedding may have more rows than the tokenizer has entries; these rows have no text
         ids = [int(i) for i in ids if int(i) in self.text_ids]
         return self.bpe.decode(ids) if self.bpe else self.hf.decode(ids)
 
 
-LONG_WORD = 4096  # more characters of one kind in a row than any ordinary text has
+LONG_WORD = 4096  # longer than any run of one kind of characters in an ordinary text
 KINDS = (r"\s", r"[^\W\d_]", r"\d", r"[^\w\s]", "_")  # white space, letters, digits, signs
 LONG_WORDS = re.compile("|".join(f"{kind}{{{LONG_WORD}}}" for kind in KINDS))
 
 
 def split_long_words(text):
-    """Return the parts of a text, cut inside runs of LONG_WORD letters, spaces, ...: the time that a BPE takes grows
-    with the square of a word's length, and tiktoken gives up on a million spaces."""
+    """Return the parts of a text, cut inside runs of LONG_WORD letters, spaces and so on. A BPE's time grows with the
+    square of a word's length, and tiktoken fails on a million spaces."""
     # most texts are short, and the second search is the slower one
     if len(text) < LONG_WORD or not re.search(rf"\S{{{LONG_WORD}}}|\s{{{LONG_WORD}}}", text):
         return [text]
@@ -141,16 +141,16 @@ def split_long_words(text):
 
 
 def check_pieces(tokenizer):
-    """Raise ValueError unless the texts of token ids, one after another, are the text that was encoded."""
+    """Raise ValueError unless token ids that are decoded one by one give the text that was encoded."""
     for text in ("a b", " a", "the end. "):
         ids = tokenizer.encode(text)
         found = "".join(tokenizer.decode(ids[i : i + 1]) for i in range(len(ids)))
         if found != text:
-            raise ValueError(f"{text!r} becomes {found!r} token by token, so a text cannot be continued; use another")
+            raise ValueError(f"{text!r} becomes {found!r} token by token, so a text cannot be continued: use another")
 
 
 def byte_level_bpe(spec, special):
-    """Return the tiktoken encoding equal to a tokenizer.json, or None if that is not a plain byte-level BPE."""
+    """Return the tiktoken encoding that equals a tokenizer.json, or None if it is not a plain byte-level BPE."""
     model, split = {"type": "BPE"} | spec["model"], spec.get("pre_tokenizer") or {}
     steps = split.get("pretokenizers", [split])
     *before, last = steps
@@ -182,8 +182,8 @@ def byte_level_bpe(spec, special):
 
 
 def spec_of_tiktoken(encoding):
-    """Return the dict of a tokenizer.json equal to a tiktoken encoding. tiktoken stores merged tokens without their
-    pairs; a token's pair is the result of merging its bytes with the earlier tokens alone."""
+    """Return the dict of a tokenizer.json that equals a tiktoken encoding. tiktoken stores merged tokens without their
+    pairs. To find a token's pair, merge its bytes with the earlier tokens only."""
     ranks = encoding._mergeable_ranks
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda x: x[1]):
