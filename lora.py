@@ -35,7 +35,7 @@ from prepare import CORPORA, is_held_out
 from support.adapters import check_base, read_adapter_config, read_adapter_weights, read_instruct, read_tensors
 from support.conversations import encode_conversation, end_of_response, read_messages
 from support.devices import pick_dtype, runtime_errors
-from support.documents import ROWS, kind_of, print_left_out, read_rows, source_files
+from support.documents import ROWS, kind_of, names_split, print_left_out, read_rows, source_files
 from support.files import latest_intact_dir
 from support.hub import RECORDS_ON_THE_HUB, hub_directory, load_dataset_from_hub
 from support.log import finite, read_log
@@ -191,6 +191,7 @@ def open_records(cfg, seed):
     if path.exists():
         files, left_out = source_files(path)
         left_out |= {file: "texts, not records" for file in files if kind_of(file) not in ROWS}
+        left_out |= {file: "a test split" for file in files if names_split("test", file, path)}
         print_left_out(path, left_out)
         files = [file for file in files if file not in left_out]
         rows = ((f"{file.name}, {place}", row) for file in files for place, row in read_rows(file))
@@ -198,7 +199,10 @@ def open_records(cfg, seed):
         raise UserError(f"--data={cfg.data}: no such file")
     else:
         splits = load_dataset_from_hub(RECORDS_ON_THE_HUB.get(cfg.data, cfg.data), "data")
-        rows = ((f"row {i}", row) for i, row in enumerate(splits.get("train") or next(iter(splits.values())), 1))
+        train = "train" if "train" in splits else next(iter(splits))
+        if others := sorted(splits.keys() - {train}):
+            print(f"{cfg.data}: left out the splits {', '.join(others)}")
+        rows = ((f"row {i}", row) for i, row in enumerate(splits[train], 1))
     conversations, split, refused, notes = [], ([], []), [], Counter()
     for place, row in itertools.islice(rows, cfg.max_records or None):
         try:
@@ -259,7 +263,7 @@ class InstructionTuning:
         self.lora_cfg, self.cfg, self.model, self.tokenizer = lora_cfg, cfg, model, tokenizer
         self.template, self.base_model, self.base_fingerprint = template, base_model, base_fingerprint
         self.end = end_of_response(tokenizer, template)
-        self.cut, self.dropped = 0, 0
+        self.cut, self.dropped, self.changed = 0, 0, Counter()  # changed: texts that the tokenizer does not keep
         self.train_set, _ = self.encode_all(records[0])
         self.val_set, self.val_records = self.encode_all(records[1])
         if not (self.train_set and self.val_set):
@@ -280,6 +284,9 @@ class InstructionTuning:
                 self.dropped += 1
                 continue
             self.cut += shortened is not messages
+            if not self.tokenizer.bpe:
+                texts = [m[key] for m in shortened for key in ("content", "input") if m.get(key)]
+                self.changed.update(t[:60] for t in texts if self.tokenizer.decode(self.tokenizer.encode(t)) != t)
             ids, is_response = encode_conversation(self.tokenizer, shortened, self.template)
             labels = [t if flag else -100 for t, flag in zip(ids, is_response, strict=True)]
             encoded.append((torch.tensor(ids), torch.tensor(labels)))
@@ -296,10 +303,11 @@ class InstructionTuning:
                 return None
             if excess <= 0:
                 return messages
-            if len(messages) > 2:
-                systems = [m["system"] for m in (messages[0], messages[2]) if m.get("system")]
+            if len(messages) > 2:  # of many turns several at once
+                first = 2 * max(1, int(len(messages) / 2 * excess / len(ids) / 2))
+                systems = [m["system"] for m in messages[: first + 1] if m.get("system")]
                 system = {"system": "\n\n".join(systems)} if systems else {}
-                messages = [messages[2] | system, *messages[3:]]
+                messages = [messages[first] | system, *messages[first + 1 :]]
                 continue
             text = user.get("input", "")
             length = len(text) - max(1, round(excess * len(text) / max(1, len(self.tokenizer.encode(text)))))
@@ -468,6 +476,8 @@ def print_plan(task):
     print(f"data: {len(task.train_set):,} records to train on, {len(task.val_set):,} held out; {task.cut:,} cut to "
           f"max_length={task.lora_cfg.max_length}, {task.dropped:,} dropped (too long, or no response); in "
           f"{len(task.train_rows):,} rows of {task.row_length}, {padding:.1%} of them padding")  # fmt: skip
+    if task.changed:
+        print(f"the tokenizer does not keep {task.changed.total():,} texts whole, such as {min(task.changed)!r}")
     print(f"training {trainable:,} of {total:,} parameters: {cfg.max_iters:,} steps of {tokens:,.0f} tokens, "
           f"{cfg.max_iters * per_step:.1f} epochs; learning rate {cfg.learning_rate:.2g}, "
           f"{warmup_steps(cfg):,.0f} steps of warmup")  # fmt: skip

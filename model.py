@@ -612,7 +612,7 @@ def check_config(c):
         fits = fits and isinstance(value, bool) == (f.type is bool)
         require(fits, f"{f.name}={value!r} must be of type {getattr(f.type, '__name__', f.type)}")
         for number in value if is_id and isinstance(value, list) else [value]:
-            if is_id and number is not None:
+            if is_id and (number is not None or isinstance(value, list)):
                 require(type(number) is int and 0 <= number < 2**31, f"{f.name}={value!r} is not a token id")
             elif type(number) in (int, float):
                 require(0 < number < 2**31, f"{f.name}={value!r} must be a number above 0")
@@ -731,6 +731,7 @@ def find_tensors(path, expected):
         for name, shape in tensor_shapes(file).items():
             if "vision_tower." not in name and "multi_modal_projector." not in name:
                 ours = name.replace("language_model.", "", 1)  # the prefix of the text part in multimodal checkpoints
+                require(ours not in found, f"{ours} is in the files twice")
                 found[ours], shapes[ours] = (file, name), shape
     if (head := "lm_head.weight") in found.keys() - expected.keys():  # some programs save the tied matrix twice
         tied = [read_tensor(*found[name], "cpu") for name in (head, "model.embed_tokens.weight") if name in found]

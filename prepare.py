@@ -31,11 +31,21 @@ import tiktoken
 from tqdm import tqdm
 
 from support.datasets import fingerprint, output_directory
-from support.documents import ROWS, TEXTS, column, kind_of, names_split, print_left_out, read_files, source_files
+from support.documents import (
+    ROWS,
+    TEXTS,
+    check_bad_rows,
+    column,
+    kind_of,
+    names_split,
+    print_left_out,
+    read_files,
+    source_files,
+)
 from support.files import atomic_replace_dir, fsync, lock_folder
 from support.hub import TEXTS_ON_THE_HUB, hub_directory, load_dataset_from_hub
 from support.settings import NO_LIMIT, UserError, check_range, run, user_errors
-from support.tokenizer import Tokenizer, spec_of_tiktoken, train_bpe
+from support.tokenizer import GPT2_PATTERN, Tokenizer, spec_of_tiktoken, train_bpe
 
 
 @dataclass
@@ -77,6 +87,8 @@ def prepare(cfg, corpus, out):
     part = out.with_name(out.name + ".part")  # no script reads this name, so no script reads half a dataset
     tokenizer = start_or_resume(part, cfg, corpus)
     shards = tokenize(corpus, tokenizer, part)
+    for source, note in corpus.notes.items():  # again, because max_documents may have ended the reading
+        check_bad_rows(source, note, cfg.max_bad_rows)
     meta = {
         "source": corpus.source, "tokenizer": cfg.tokenizer or corpus.tokenizer, "vocab_size": tokenizer.vocab_size,
         "dtype": tokenizer.dtype.name, **{split: join_shards(shards, split, tokenizer) for split in ("train", "val")},
@@ -169,7 +181,9 @@ def encode_shard(path, documents, tokenizer, bits):
         texts = [text for split, text in documents if split == name]
         arrays[name] = tokens = tokenizer.encode_documents(texts).astype(tokenizer.dtype)
         decoded = texts
-        if not tokenizer.bpe:  # it may lose characters; then bits per byte count the remaining bytes
+        if not (
+            tokenizer.bpe and tokenizer.bpe._pat_str == GPT2_PATTERN
+        ):  # it may lose characters; then bits per byte count the remaining bytes
             decoded = [tokenizer.decode(ids) for ids in np.split(tokens, np.flatnonzero(tokens == tokenizer.eot))[:-1]]
         changed = [(text, read) for text, read in zip(texts, decoded, strict=True) if text != read]
         arrays[f"{name}_changed"] = len(changed)
@@ -281,11 +295,14 @@ def hold_out(corpus, cfg):
     fraction = 0.01 if cfg.val_fraction is None else cfg.val_fraction
     if not fraction:
         raise UserError("--val_fraction=0 holds out nothing, and the dataset has no validation split: raise it")
-    lowest, highest = 1.0, 0.0
+    lowest, highest, count = 1.0, 0.0, 0
     for _, text in corpus.documents():
+        count += 1
         lowest, highest = min(lowest, text_hash(text)), max(highest, text_hash(text))
         if lowest < fraction <= highest:
             break
+    if lowest == highest and count > 1:
+        raise UserError(f"--dataset={cfg.dataset}: all {count} documents are the same, so none can be held out")
     if lowest == highest:  # one document
         corpus.splits, corpus.bits, corpus.max_documents = split_text(text, cfg), None, None
         return
@@ -332,9 +349,10 @@ def open_files(path, cfg, notes=None):
     """Return the splits of a file, or of the files in a folder. Print which files are left out."""
     files, left_out = source_files(path)
     held_out = [f for f in files if names_split("val|valid|validation|dev", f, path)]
-    if held_out:
-        left_out |= {f: "a test split" for f in files if names_split("test", f, path)}
-        files = [f for f in files if f not in left_out]
+    if held_out and cfg.val_fraction is not None:
+        raise UserError(f"val_fraction={cfg.val_fraction}: {path} has a validation split of its own; leave it away")
+    left_out |= {f: "a test split" for f in files if names_split("test", f, path)}
+    files = [f for f in files if f not in left_out]
     print_left_out(path, left_out)
     if not files:
         raise UserError(f"{path}: no {', '.join(TEXTS + ROWS)} file here, plain or .gz, .bz2, .zst")
@@ -350,6 +368,8 @@ def open_hub(name, cfg, notes=None):
     splits = load_dataset_from_hub(name, "dataset", cfg.subset, cfg.streaming)
     train = "train" if "train" in splits else next(iter(splits))
     found = {"train": train} | ({"val": "validation"} if "validation" in splits and train != "validation" else {})
+    if others := sorted(splits.keys() - found.values()):
+        print(f"{name}: left out the splits {', '.join(others)}")
 
     def texts(split):
         numbered = ((f"row {i}", row) for i, row in enumerate(splits[split], 1))

@@ -68,6 +68,12 @@ class SampleConfig:
             raise ValueError(f"export_gguf={self.export_gguf} is a folder: name a file")
         if self.compare and not (self.adapter and self.instruct):
             raise ValueError("compare needs an adapter and an instruction: --adapter and --instruct")
+        if self.input and not self.instruct:
+            raise ValueError("input needs an instruction: add --instruct")
+        exclusive = ("export_gguf", "interactive", "instruct", "start"), ("model", "out_dir"), ("adapter", "out_dir")
+        for keys in exclusive:
+            if len(given := [key for key in keys if getattr(self, key)]) > 1:
+                raise ValueError(f"{' and '.join(given)} are for different purposes: give one of them")
 
 
 @runtime_errors("lower num_samples or max_new_tokens")
@@ -148,7 +154,10 @@ class Writer:
         self.stops = [tokenizer.eot, *(stops if isinstance(stops, list) else [stops] if stops is not None else [])]
 
     def continue_text(self, text):
-        return self.write(text, [self.tokenizer.bos, *self.tokenizer.encode(text).tolist()], self.stops)
+        ids = self.tokenizer.encode(text).tolist()
+        if (read := self.tokenizer.decode(ids)) != text:
+            print(f"[the tokenizer does not keep this text whole; the model reads {read!r}]")
+        return self.write(text, [self.tokenizer.bos, *ids], self.stops)
 
     def answer(self, messages):
         """Print the response to a conversation and return it."""

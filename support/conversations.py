@@ -4,18 +4,12 @@ A conversation is a list of messages: dicts with "role" ("user" or "assistant") 
 an "input", the text that its content is about, and a "system" message before it. An assistant's message with "learn":
 False is context only. docs/records.md lists the formats that are read or refused."""
 
-import functools
 import itertools
-import json
 import re
 from collections import Counter
-from datetime import datetime
 
-import jinja2
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from support.settings import UserError, user_errors
+from support.settings import UserError
+from support.templates import render
 
 # our name for a column: its names in records
 COLUMNS = {
@@ -55,11 +49,15 @@ def read_messages(record, notes=None):
         context = [message | {"weight": 0} for message in asked if isinstance(message, dict)]
         if len(context) < len(asked) or not all(isinstance(message, dict) for message in answers):
             raise UserError("it has a list, but not of messages: if it lists several answers, make a record of each")
+        notes.update(f"column {key!r}" for key in ("input", "history") if found[key])
         return read_turns([*context, *answers], found["system"], notes)
     texts = [as_text(found[key], key, notes) for key in ("instruction", "input", "response", "system")]
     history = found["history"] or []
-    if not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in history):
+    is_list = isinstance(history, list)
+    if not is_list or not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in history):
         raise UserError("history is not a list of pairs, [question, answer]")
+    if texts[2].strip() and not any(map(str.strip, (texts[0], texts[1], texts[3]))):
+        raise UserError(f"it has a response but no instruction: it has {', '.join(record)}")
     pairs = [[as_text(text, "history", notes) for text in turn] for turn in history]
     turns = [exchange(question, "", answer) for question, answer in pairs]
     return with_system([*itertools.chain(*turns), *exchange(*texts[:3])], texts[3:])
@@ -95,10 +93,13 @@ def read_turns(turns, system, notes):
         found = read_fields(turn, FIELDS, notes, "field")
         if (role := ROLES.get(str(found["role"]))) is None:
             raise UserError(f"message {number} has the role {found['role']!r}; known are {', '.join(ROLES)}")
-        if found["weight"] not in (None, 0, 1):
-            raise UserError(f"message {number} has the weight {found['weight']!r}; only 0 and 1 are supported")
+        for key in ("weight", "train"):
+            if found[key] not in (None, 0, 1):
+                raise UserError(f"message {number} has the {key} {found[key]!r}; only 0 and 1 are supported")
         text = as_text(found["content"], f"content of message {number}", notes)
         if role != "assistant":
+            if not text.strip():
+                raise UserError(f"message {number} has no content")
             (system if role == "system" else asked).append(text)
             continue
         if not asked and not system:
@@ -106,6 +107,10 @@ def read_turns(turns, system, notes):
         messages += with_system(exchange(join_texts(asked), "", text), system)
         messages[-1] |= {"learn": False} if 0 in (found["weight"], found["train"]) else {}
         asked, system = [], []
+    for message in messages[1:-1:2]:  # an empty response teaches the model to end at once
+        if not message["content"].strip() and message.get("learn", True):
+            message["learn"] = False
+            notes["empty response in the middle"] += 1
     notes["last message without a response"] += bool(messages and (asked or system))
     return messages or with_system(exchange(join_texts(asked), "", ""), system)
 
@@ -122,8 +127,11 @@ def as_text(value, name, notes):
     """Return a string, whole number or list of text parts as a string; "" for None. Refuse anything else."""
     value = "" if value is None or value != value else value
     if isinstance(value, list):
-        parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part for part in value]
-        value = "".join(parts) if all(isinstance(part, str) for part in parts) else value
+        given = [{k for k, v in part.items() if v is not None} if isinstance(part, dict) else part for part in value]
+        is_text = [keys == {"type", "text"} and part["type"] == "text" for keys, part in zip(given, value, strict=True)]
+        parts = [part.get("text") for part in value] if all(is_text) else value
+        if all(isinstance(part, str) for part in parts) and (all(is_text) or len(parts) == 1):
+            value = "".join(parts)
     if type(value) not in (str, int):
         raise UserError(f"its {name} is {type(value).__name__}, not text")
     text = str(value).encode(errors="replace").decode()  # JSON can hold half of a surrogate pair
@@ -152,7 +160,8 @@ def encode_conversation(tokenizer, messages, template):
     Training and sampling both call this function, so their prompts cannot differ. The ids equal those of transformers'
     apply_chat_template(), except that the name of a special token in a message stays text."""
     knows_input = re.search(r"\bm\.input\b", template)  # the templates in lora.py do
-    contents, marked = [], []  # (text, its message), and the messages with a mark in place of each content
+    # (text, its message); the messages with a mark in place of each content; the messages for a template
+    contents, marked, plain = [], [], []
     for message in messages:
         texts = {"content": message["content"], "input": message.get("input") or ""}
         if message.get("system"):
@@ -165,19 +174,29 @@ def encode_conversation(tokenizer, messages, template):
                 marks[key] = f"\u2003\0{len(contents)}\0\u2003"
                 contents.append((text, message))
         marked.append({"role": message["role"], **marks})
-    pieces = PLACE.split(render(template, marked, tokenizer))
+        plain.append({"role": message["role"], **{key: text for key, text in texts.items() if key in marks}})
+    pieces, rendered = PLACE.split(render(template, marked, tokenizer)), ""
     if sorted(map(int, pieces[3::5])) != list(range(len(contents))):
         raise UserError("the chat template leaves out or repeats messages: choose another format with --template")
     stream = []  # str: text of the prompt; int: a special token; tuple: a response, and whether it is learned
     for own_text, space, left, number, right in zip(*(pieces[i::5] + [""] * (i > 0) for i in range(5)), strict=True):
         # text, the name of a special token, text, ...
+        rendered += own_text
+        if stream and isinstance(stream[-1], tuple) and (end := tokenizer.plain_markers.match(own_text)):
+            stream.append(
+                tokenizer.ids_of_markers[end[0]]
+            )  # an added token that is not special can end a response, too
+            own_text = own_text[end.end() :]
         named = enumerate(tokenizer.markers.split(own_text))
         stream += [tokenizer.ids_of_markers[text] if i % 2 else text for i, text in named if text]
         if number:
             text, message = contents[int(number)]
-            text = space + (text if left else text.lstrip())
-            text = text if right else text.rstrip()
+            text = text if left else text.lstrip()
+            text = space + (text if right else text.rstrip())
+            rendered += text
             stream.append(text if message["role"] == "user" else (text, message.get("learn", True)))
+    if rendered != render(template, plain, tokenizer):
+        raise UserError("the chat template changes the text of a message: choose another format with --template")
     end = tokenizer.eot
     while messages[-1]["role"] == "assistant" and not isinstance(stream[-1], tuple):
         end = stream.pop()  # nothing follows the end of the last response
@@ -189,6 +208,8 @@ def encode_conversation(tokenizer, messages, template):
         ids.extend(map(int, new_ids))
         is_response.extend([learn] * len(new_ids))
 
+    if too_large := [i for i in stream if isinstance(i, int) and i >= tokenizer.rows]:
+        raise UserError(f"the chat template has a token with the id {too_large[0]}, beyond the model's embedding")
     for item in stream:
         if isinstance(item, str) and learn is not None:  # the template has no token after a response
             add([tokenizer.eot], learn)
@@ -212,39 +233,3 @@ def end_of_response(tokenizer, template):
     """Return the id of the token that ends a response in this chat template."""
     ids, is_response = encode_conversation(tokenizer, exchange("a", "", "b"), template)
     return ids[-1 - is_response[::-1].index(True)]
-
-
-def render(template, messages, tokenizer):
-    """Return the text of messages in a chat template."""
-    values = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eot_token, "pad_token": tokenizer.pad_token}
-    values |= {"messages": messages, "add_generation_prompt": messages[-1]["role"] != "assistant"}
-    values |= {"tools": None, "documents": None}  # as in transformers
-    with user_errors("the chat template cannot be rendered, choose another with --template"):
-        return compile_template(template).render(**values)
-
-
-class GenerationTag(Extension):
-    """{% generation %}, which marks a response in the templates of transformers and changes no text."""
-
-    tags = frozenset({"generation"})
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
-
-
-@functools.cache
-def compile_template(template):
-    """Compile a Jinja template as transformers does, in a sandbox, because published models bring their own."""
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, **options):  # Jinja's own escapes HTML
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    extensions = [GenerationTag, "jinja2.ext.loopcontrols"]
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    env.filters["tojson"] = tojson
-    env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
-    return env.from_string(template)

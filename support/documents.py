@@ -1,7 +1,6 @@
 """Read texts and records from files of text or of rows, plain or compressed, piece by piece."""
 
 import csv
-import glob
 import io
 import json
 import mmap
@@ -29,10 +28,17 @@ def kind_of(path):
 def source_files(path):
     """Return (the files of a corpus, {left-out file: reason}). The corpus is the file `path`, or all files below the
     folder `path` that are not hidden. A file with a second link to it is read once."""
-    found = [Path(path, name) for name in sorted(glob.glob("**", root_dir=path, recursive=True))] or [Path(path)]
+    found, seen = [Path(path)] if os.path.isfile(path) else [], set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        is_new = os.path.realpath(folder) not in seen  # links can make a loop
+        seen.add(os.path.realpath(folder))
+        folders[:] = sorted(name for name in folders if is_new and not name.startswith("."))
+        found += [Path(folder, name) for name in names if is_new and not name.startswith(".")]
     files, left_out = {}, {}
-    for file in (file for file in found if os.path.isfile(file)):
-        if not kind_of(file):
+    for file in sorted(found):
+        if not os.path.isfile(file):
+            left_out[file] = "a broken link, or no file"
+        elif not kind_of(file):
             left_out[file] = "not a kind that is read"
         elif len(found) > 1 and re.fullmatch(DESCRIPTIONS, file.name.lower()):
             left_out[file] = "describes a dataset"
@@ -54,7 +60,7 @@ def print_left_out(path, left_out):
 def names_split(words, file, folder):
     """Return whether a file's path below `folder` contains one of these words, such as "valid" in tiny-valid.txt."""
     name = str(file.relative_to(folder)).removesuffix(file.suffix) if folder.is_dir() else ""
-    return re.search(rf"(^|[-_. /\\])({words})([-_. /\\]|$)", name)
+    return re.search(rf"(^|[-_. /\\])({words})([-_. /\\]|$)", name, re.IGNORECASE)
 
 
 def read_files(files, separator, text_column, max_bad_rows=0.1, notes=None):
@@ -136,9 +142,14 @@ def read_csv(path):
     csv.field_size_limit(sys.maxsize)
     with open_binary(path) as f, io.TextIOWrapper(f, encoding="utf-8-sig", newline="") as text:
         reader = csv.DictReader(text, delimiter="\t" if kind_of(path) == ".tsv" else ",", strict=True)
-        for row in reader:
-            is_whole = None not in row and None not in row.values()
-            yield f"line {reader.line_num}", row if is_whole else ValueError("more or fewer cells than the head")
+        try:
+            if len(set(reader.fieldnames or [])) < len(reader.fieldnames or []):
+                raise ValueError("two columns have the same name")
+            for row in reader:
+                is_whole = None not in row and None not in row.values()
+                yield f"line {reader.line_num}", row if is_whole else ValueError("more or fewer cells than the head")
+        except (csv.Error, UnicodeDecodeError) as e:
+            raise ValueError(f"after line {reader.line_num}: {e}; save it as UTF-8, with balanced quotes") from None
 
 
 def read_json(path):
@@ -163,32 +174,31 @@ def column(rows, name, source, max_bad_rows=0.1, notes=None):
 
     Rows without this column or without a text in it are left out and counted, and so are empty texts. Raises UserError
     if rows without a text are a larger share than max_bad_rows."""
-    count, counts, first = 0, dict.fromkeys(("unreadable", "empty", "repaired"), 0), ""
-
-    def check():
-        if notes is not None:
-            notes[source] = {"rows": count, "first": first} | counts
-        if counts["unreadable"] > max_bad_rows * count:
-            raise UserError(
-                f"{source}: {counts['unreadable']} of {count} rows cannot be read, the first: {first}; correct "
-                "them, or raise --max_bad_rows to leave them out"
-            )
-
-    for count, (place, row) in enumerate(rows, 1):
+    note = {"rows": 0, "unreadable": 0, "empty": 0, "repaired": 0, "first": ""}
+    if notes is not None:
+        notes[source] = note
+    for note["rows"], (place, row) in enumerate(rows, 1):
         text = row.get(name, row) if isinstance(row, dict) else row
         text = "" if text is None or text != text else text  # NaN does not equal itself
         if isinstance(text, str):
             repaired = text.encode(errors="replace").decode().strip()  # JSON can hold half of a surrogate pair
-            counts["repaired"] += repaired != text.strip()
-            counts["empty"] += not repaired
+            note["repaired"] += repaired != text.strip()
+            note["empty"] += not repaired
             if repaired:
                 yield repaired
         else:
-            counts["unreadable"] += 1
+            note["unreadable"] += 1
             if isinstance(row, dict):
                 kinds = ", ".join(f"{key} ({type(value).__name__})" for key, value in row.items())
                 text = f"no text in a column {name!r}; it has {kinds}"
-            first = first or f"{place}: {text}"
-        if count == 1000:  # do not wait for the end of a large file
-            check()
-    check()
+            note["first"] = note["first"] or f"{place}: {text}"
+        if note["rows"] == 1000:  # do not wait for the end of a large file
+            check_bad_rows(source, note, max_bad_rows)
+    check_bad_rows(source, note, max_bad_rows)
+
+
+def check_bad_rows(source, note, max_bad_rows):
+    """Raise UserError if more than this share of a source's rows cannot be read."""
+    if (bad := note["unreadable"]) > max_bad_rows * note["rows"]:
+        fix = "correct them, name another --text_column, or raise --max_bad_rows to leave them out"
+        raise UserError(f"{source}: {bad} of {note['rows']} rows cannot be read, the first: {note['first']}; {fix}")

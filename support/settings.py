@@ -22,6 +22,7 @@ from typing import get_args, get_type_hints
 NO_LIMIT = 2**62  # for check_range(): a larger or infinite value is a mistake
 # settings that can be a path, in which ~ is the home folder. The texts of all other settings must be UTF-8
 PATHS = {"out_dir", "init_from", "dataset", "tokenizer", "compare", "data", "model", "adapter", "export_gguf"}
+WRITTEN = {"out_dir", "export_gguf"}  # their names stand in pictures and metadata
 
 
 class UserError(Exception):
@@ -61,6 +62,8 @@ def keep_freed_memory():
 def run(main, *classes):
     """Call main(*settings) with the settings from the command line, and report errors in one line."""
     keep_freed_memory()
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a sample may have characters that a Windows log file cannot hold
     try:
@@ -152,7 +155,7 @@ def coerce(where, key, value, allowed):
         raise UserError(f"{where}: {key}={value} must be at least 0, and finite")
     if type(value) is str and key in PATHS:  # the shell leaves --key=~/x as it is
         value = ",".join(map(os.path.expanduser, value.split(",")))  # --compare takes several
-    elif type(value) is str and value != value.encode(errors="replace").decode():
+    if type(value) is str and key not in PATHS - WRITTEN and value != value.encode(errors="replace").decode():
         raise UserError(f"{key} is not UTF-8: {value.encode(errors='replace').decode()}")
     if type(value) in allowed and "\0" not in str(value):  # paths cannot contain it
         return value

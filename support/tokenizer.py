@@ -29,7 +29,7 @@ def read_chat_template(path):
             return jinja.read_text(encoding="utf-8")
         template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.exists() else None
         if isinstance(template, list):  # several, by name
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+            template = {entry["name"]: entry["template"] for entry in template}["default"]
         if not isinstance(template, str | None):
             raise ValueError(f"chat_template is {type(template).__name__}")
         return template
@@ -44,19 +44,34 @@ class Tokenizer:
         self.spec = spec = spec | {"truncation": None, "padding": None}
         self.config = config or {}
         special = {t["content"]: t["id"] for t in spec["added_tokens"] if t["special"]}
-        named = self.config.get("eos_token")
-        usual = [named["content"] if isinstance(named, dict) else named]
-        usual += [END_OF_TEXT, "<eos>", "</s>", "<|end_of_text|>"]
-        if not special.keys() & set(usual):
-            raise ValueError(f"no end-of-text token: none of {', '.join(usual[1:])} is in added_tokens")
-        self.eot_token = next(name for name in usual if name in special)
-        self.bos_token = next((t for t in ("<bos>", "<s>", "<|begin_of_text|>") if t in special), self.eot_token)
-        self.pad_token = "<pad>" if "<pad>" in special else self.eot_token
+        if not isinstance(spec["model"].get("vocab"), dict):
+            raise ValueError(f"it is of the kind {spec['model'].get('type')}, which is not supported; use a BPE")
+
+        def choose(key, usual):
+            """Return the token that tokenizer_config.json names, or the first usual one that there is."""
+            named = self.config.get(key)
+            named = named["content"] if isinstance(named, dict) else named
+            if named is not None and named not in special:
+                raise ValueError(f"{key}={named!r} is no special token of tokenizer.json")
+            return next((name for name in [named, *usual] if name in special), None)
+
+        usual = [END_OF_TEXT, "<eos>", "</s>", "<|end_of_text|>"]
+        self.eot_token = choose("eos_token", usual)
+        if self.eot_token is None:
+            raise ValueError(f"no end-of-text token: none of {', '.join(usual)} is in added_tokens")
+        self.bos_token = choose("bos_token", ["<bos>", "<s>", "<|begin_of_text|>"]) or self.eot_token
+        self.pad_token = choose("pad_token", ["<pad>"]) or self.eot_token
         self.eot = special[self.eot_token]
         self.bos = special[self.bos_token]  # stands before a text
         self.pad = special[self.pad_token]
-        self.ids_of_markers = special  # {name: id} of the special tokens
-        self.markers = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
+        # special tokens, which chat templates name; added tokens that are not special can end a response there
+        self.ids_of_markers = {t["content"]: t["id"] for t in spec["added_tokens"]}
+        plain = [name for name in self.ids_of_markers if name not in special and name.strip()]
+        self.markers, self.plain_markers = (
+            re.compile("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")")
+            for names in (special, plain or [self.eot_token])
+        )
+        self.rows = 2**31  # of the embedding; check_rows() sets it
         # the ids that a text can have. A tokenizer may name more special tokens than its models know
         ids, plain = spec["model"]["vocab"].values(), [t["id"] for t in spec["added_tokens"] if not t["special"]]
         if len(set(ids)) < len(ids):
@@ -85,6 +100,7 @@ class Tokenizer:
 
     def check_rows(self, rows):
         """Raise UserError if a text can have token ids beyond an embedding with this number of rows."""
+        self.rows = rows
         if self.vocab_size > rows:
             raise UserError(f"the tokenizer's {self.vocab_size} entries do not fit into vocab_size={rows}: use the "
                             "tokenizer that the model was trained with")  # fmt: skip
@@ -96,10 +112,16 @@ class Tokenizer:
             self.hf.post_processor = processors.TemplateProcessing(f"{self.bos_token} $A", special_tokens=first)
             self.spec["post_processor"] = json.loads(self.hf.to_str())["post_processor"]
         (path / "tokenizer.json").write_text(json.dumps(self.spec, ensure_ascii=False), encoding="utf-8")
-        names = {"bos_token": self.bos_token, "eos_token": self.eot_token, "pad_token": self.pad_token}
         # other classes build their own tokenizer, whose first token may differ
         own = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        (path / "tokenizer_config.json").write_text(json.dumps(names | self.config | own, indent=2) + "\n")
+        config = self.config | self.named_tokens() | own
+        (path / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    def named_tokens(self):
+        """Return {"bos_token": its name, ...}, for tokenizer_config.json and chat templates."""
+        others = {key: t["content"] if isinstance(t, dict) else t for key, t in self.config.items()
+                  if key.endswith("_token") and isinstance(t, str | dict)}  # fmt: skip
+        return others | {"bos_token": self.bos_token, "eos_token": self.eot_token, "pad_token": self.pad_token}
 
     def encode(self, text):
         """Return the token ids of a str as a uint32 array."""
@@ -107,7 +129,10 @@ class Tokenizer:
             return np.concatenate(list(map(self.encode, parts)))
         if self.bpe:
             return self.bpe.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
-        return np.array(self.hf.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        ids = np.array(self.hf.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        if self.eot in ids:  # its name is in the vocabulary of texts, too
+            raise UserError(f"a text contains {self.eot_token}, which this tokenizer cannot write: remove it")
+        return ids
 
     def encode_documents(self, texts):
         """Return the token ids of all texts as one uint32 array, with end-of-text after each."""
@@ -158,7 +183,7 @@ def byte_level_bpe(spec, special):
         return None
     if last.get("type") != "ByteLevel" or last["add_prefix_space"] or len(before) + last.get("use_regex", True) != 1:
         return None
-    if model.get("byte_fallback") or model.get("dropout"):
+    if any(model.get(key) for key in ("byte_fallback", "dropout", "end_of_word_suffix", "continuing_subword_prefix")):
         return None
     pattern = GPT2_PATTERN
     if before:

@@ -102,6 +102,14 @@ def test_a_system_message_stands_before_the_users(record):
         ({"messages": json.dumps([USER, ASSISTANT])}, "messages are str, not a list"),
         ({"messages": [["user", "a"]]}, "it is list, not an object"),
         ({"instruction": "a", "output": "b", "history": ["a", "b"]}, "history is not a list of pairs"),
+        ({"instruction": "a", "output": "b", "history": 5}, "history is not a list of pairs"),
+        ({"output": "b"}, "a response but no instruction"),
+        ({"query": "a", "response": "b"}, "a response but no instruction: it has query, response"),
+        (chat(("user", None), ("assistant", "b")), "message 1 has no content"),
+        ({"messages": [USER, ASSISTANT | {"train": "false"}]}, "train 'false'"),
+        ({"instruction": "a", "input": ["one", "two"], "output": "b"}, "its input is list"),
+        (chat(("user", "a"), ("assistant", ["red", "grey"])), "content of message 2 is list"),
+        (chat(("user", [{"type": "text", "text": "a", "image_url": "x"}]), ("assistant", "b")), "message 1 is list"),
     ],
 )
 def test_records_that_could_be_misunderstood_are_refused_by_name(record, message):
@@ -121,6 +129,13 @@ def test_messages_can_be_context_only_and_what_is_not_read_is_counted():
     ids, is_response = encode_conversation(TOKENIZER, messages, SHORT)
     learned = [token for token, flag in zip(ids, is_response, strict=True) if flag]
     assert learned == [*TOKENIZER.encode(" b"), TOKENIZER.eot]
+    notes = Counter()
+    read_messages({"prompt": [USER], "completion": [ASSISTANT], "context": "b"}, notes)
+    assert notes["column 'input'"] == 1
+    (_, first, _, last) = read_messages(
+        chat(("user", "a"), ("assistant", ""), ("user", "b"), ("assistant", "c")), notes
+    )
+    assert notes["empty response in the middle"] == 1 and first["learn"] is False and "learn" not in last
     few_shot = {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT | {"content": "c"}]}  # only c is learned
     assert [m.get("learn", True) for m in read_messages(few_shot)[1::2]] == [False, True]
 
@@ -206,6 +221,8 @@ def test_another_format_is_one_entry(monkeypatch):
     [
         ("{% for m in messages %}{{ m.role }}{% endfor %}", "leaves out or repeats"),
         ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "leaves out or repeats"),
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "changes the text of a message"),
+        ("{% for m in messages %}{{ m.content.split('</think>')[-1][:3] }}{% endfor %}", "leaves out|changes the text"),
         ("{% for m in messages %}", "cannot be rendered.*--template: .*endfor"),
         ("{{ raise_exception('no system\nhere') }}", "cannot be rendered.*: no system"),
         ("{{ messages.__class__.__mro__ }}", "cannot be rendered.*: .*unsafe"),
@@ -214,7 +231,7 @@ def test_another_format_is_one_entry(monkeypatch):
 )
 def test_a_strangers_chat_template_is_rendered_in_a_sandbox(template, message):
     with pytest.raises(UserError, match=message) as found:
-        encode_conversation(TOKENIZER, exchange("a", "", "b"), template)
+        encode_conversation(TOKENIZER, exchange("a </think> long", "", "b"), template)
     assert "\n" not in str(found.value)
 
 
@@ -256,3 +273,30 @@ def test_templates_of_others_give_the_ids_of_transformers(tmp_path, template):
         messages[:-1], chat_template=template, add_generation_prompt=True, return_dict=False
     )
     assert encode_conversation(tokenizer, messages[:-1], template)[0] == prompt
+
+
+@pytest.mark.parametrize("is_special", [True, False])
+def test_a_turn_ends_with_its_token_also_if_that_is_not_special(tmp_path, is_special):
+    """tokenizer.add_tokens() instead of add_special_tokens() is a usual mistake."""
+    spec = with_special_tokens("<|im_start|>", "<|im_end|>").spec
+    for token in spec["added_tokens"][1:]:
+        token["special"] = is_special
+    tokenizer = Tokenizer(spec)
+    tokenizer.save(tmp_path)
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    messages = talk([("a", "", "b"), ("c", "", "d")])
+    ids, is_response = encode_conversation(tokenizer, messages, template)
+    plain = [{"role": m["role"], "content": m["content"]} for m in messages]
+    theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        plain, chat_template=template, return_dict=False
+    )
+    assert ids == theirs[: len(ids)] and len(theirs) == len(ids) + 1
+    learned = [token for token, flag in zip(ids, is_response, strict=True) if flag]
+    assert learned == [*TOKENIZER.encode("b"), FIRST + 1, *TOKENIZER.encode("d"), FIRST + 1]
+
+
+def test_a_token_of_the_template_beyond_the_embedding_is_refused():
+    tokenizer = with_special_tokens("<start_of_turn>", "<end_of_turn>")
+    tokenizer.check_rows(FIRST)
+    with pytest.raises(UserError, match=f"the id {FIRST}, beyond the model's embedding"):
+        encode_conversation(tokenizer, exchange("a", "", "b"), GEMMA)

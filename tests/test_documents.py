@@ -159,3 +159,23 @@ def test_reading_takes_time_in_proportion_to_the_size(tmp_path):
         assert len(list(read_txt(tmp_path / "c.txt", b"<|endoftext|>"))) == 1
         seconds.append(time.process_time() - started)
     assert seconds[1] < 3 * 6 * seconds[0], seconds
+
+
+def test_links_neither_loop_nor_vanish(tmp_path):
+    """Two links to a folder above once made 2^40 paths, and a broken link was passed over."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.txt").write_text("a text")
+    for name in ("x", "y"):
+        (tmp_path / "sub" / name).symlink_to(tmp_path)
+    (tmp_path / "b.txt").symlink_to(tmp_path / "missing.txt")
+    files, left_out = source_files(tmp_path)
+    assert [file.name for file in files] == ["a.txt"]
+    assert left_out == {tmp_path / "b.txt": "a broken link, or no file"}
+
+
+@pytest.mark.parametrize("content, message", [("text,text\na,b\n", "two columns have the same name"),
+                                              ('text\n"open\n', "after line 1: .*balanced quotes")])  # fmt: skip
+def test_a_csv_file_that_could_be_misread_is_refused(tmp_path, content, message):
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(UserError, match=message):
+        list(read_files([tmp_path / "a.csv"], "-", "text"))

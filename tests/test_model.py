@@ -793,6 +793,16 @@ def test_a_head_saved_beside_the_tied_embedding_must_be_the_embedding(tmp_path, 
             torch.testing.assert_close(read.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
+def test_a_tensor_that_two_files_hold_is_refused(tmp_path):
+    """The last file won, whatever the index said."""
+    random_model(small()).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    twice = {f"language_model.{name}": w.clone() for name, w in weights.items()}
+    save_file(twice | weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="is in the files twice"):
+        Gemma.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     "rope, message",
     [

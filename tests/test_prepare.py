@@ -365,3 +365,16 @@ def test_characters_that_the_tokenizer_loses_are_reported_and_count_for_nothing(
     assert "'na\u00efve fox' becomes 'nave fox'" in printed
     for split in ("train", "val"):
         assert meta[split]["bytes"] == sum(len(text) for text in documents_of(path, meta, split))
+
+
+def test_rows_that_cannot_be_read_count_also_if_few_documents_are_wanted(workspace):
+    rows = ['{"x": 1}'] * 30 + [json.dumps({"text": text}) for text in STORIES]
+    (workspace / "c.jsonl").write_text("\n".join(rows))
+    with pytest.raises(UserError, match=r"30 of \d+ rows cannot be read"):
+        prepared(dataset="c.jsonl", max_documents=8, val_fraction=0.5)
+
+
+def test_documents_that_are_all_the_same_are_not_taken_for_one_text(workspace):
+    write_corpus(workspace / "c.jsonl", [STORIES[0]] * 9)
+    with pytest.raises(UserError, match="all 9 documents are the same"):
+        prepared(dataset="c.jsonl")

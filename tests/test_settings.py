@@ -136,7 +136,7 @@ def test_help_shows_inherited_settings_with_their_comments():
 
     text = usage([TuneConfig])
     assert "--momentum=0.95" in text and "decay of the mean gradient" in text  # from train.py
-    assert text.count("--learning_rate") == 1 and "a tenth for all weights" in text  # from lora.py
+    assert text.count("--learning_rate") == 1 and "narrow models" in text  # from lora.py
 
 
 def test_a_tilde_in_a_path_is_the_home_folder():

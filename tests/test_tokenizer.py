@@ -1,12 +1,13 @@
 """support/tokenizer.py: our tokenizers against tiktoken, `tokenizers` and transformers."""
 
 import json
+import re
 import types
 
 import pytest
 import tiktoken
 import tokenizers
-from conftest import STORIES, random_texts
+from conftest import STORIES, prepared, random_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -203,3 +204,27 @@ def test_an_added_token_that_other_programs_would_number_otherwise_is_refused():
     spec["added_tokens"][-1]["id"] += 5
     with pytest.raises(ValueError, match=r"'<hero>' has the id .* but other programs read"):
         Tokenizer(spec)
+
+
+@pytest.mark.parametrize(
+    "changes, config, message",
+    [
+        ({"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a", 0.0]]}}, {}, "of the kind Unigram"),
+        ({}, {"eos_token": "the"}, "eos_token='the' is no special token"),
+        ({}, {"bos_token": {"content": "[BOS]"}}, "is no special token"),
+    ],
+)
+def test_a_tokenizer_whose_own_words_contradict_it_is_refused(changes, config, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Tokenizer(trained().spec | changes, config)
+
+
+def test_a_pattern_that_skips_characters_is_not_run_by_tiktoken_unnoticed(workspace, capsys):
+    spec = trained().spec
+    split = {"type": "Split", "pattern": {"Regex": r" ?\p{L}+| ?\p{N}+|."}, "behavior": "Isolated", "invert": False}
+    byte_level = spec["pre_tokenizer"] | {"use_regex": False}
+    spec = spec | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]}}
+    (workspace / "tok.json").write_text(json.dumps(spec))
+    (workspace / "c.jsonl").write_text("".join(json.dumps({"text": f"a fox\nand a crow {i}"}) + "\n" for i in range(9)))
+    _, meta = prepared(dataset="c.jsonl", tokenizer="tok.json", val_fraction=0.3)
+    assert meta["train"]["changed"] + meta["val"]["changed"] == 9 and "9 by the tokenizer" in capsys.readouterr().out
