@@ -62,7 +62,7 @@ class LoraConfig:
     max_tokens_per_batch: int = 4096  # limit of a batch; several records share a row
     batch_size: int = 0  # records per batch, about; 0: 1% of all, at least 4; max_tokens_per_batch may lower it
     val_fraction: float = 0.05  # share of the records to hold out; more if that would be fewer than about 8
-    num_checked: int = 1200  # most held-out records to answer and check; before tuning, the first 240 of them
+    num_checked: int = 1200  # at most so many held-out records are answered and checked; before tuning 240
     num_samples: int = 4  # answers shown before and after tuning
     top_k: int = 5  # the shown answers are drawn from the k likeliest tokens
     merge: bool = False  # at the end, also save the model with the best adapter merged in, to out_dir/merged
@@ -155,7 +155,7 @@ def lora_layers(model):
 
 # ---- instruction formats and records ---------------------------------------------------------------------------------
 
-# a user's message, after the text of a system message if one comes before it
+# a user's message. The text of a system message right before it comes first
 ASKED = "{% if not loop.first and loop.previtem.role == 'system' %}{{ loop.previtem.content | trim + '\\n\\n' }}"
 ASKED += "{% endif %}{{ m.content | trim }}"
 # instruction formats: chat templates in Jinja, which transformers, vLLM and llama.cpp read too. A response ends with
@@ -263,7 +263,7 @@ class InstructionTuning:
         self.lora_cfg, self.cfg, self.model, self.tokenizer = lora_cfg, cfg, model, tokenizer
         self.template, self.base_model, self.base_fingerprint = template, base_model, base_fingerprint
         self.end = end_of_response(tokenizer, template)
-        self.cut, self.dropped, self.changed = 0, 0, Counter()  # changed: texts that the tokenizer does not keep
+        self.cut, self.dropped, self.changed = 0, 0, Counter()  # changed: texts that encoding and decoding change
         self.train_set, _ = self.encode_all(records[0])
         self.val_set, self.val_records = self.encode_all(records[1])
         if not (self.train_set and self.val_set):
@@ -303,7 +303,7 @@ class InstructionTuning:
                 return None
             if excess <= 0:
                 return messages
-            if len(messages) > 2:  # of many turns several at once
+            if len(messages) > 2:  # of many turns drop several at a time
                 first = 2 * max(1, int(len(messages) / 2 * excess / len(ids) / 2))
                 systems = [m["system"] for m in messages[: first + 1] if m.get("system")]
                 system = {"system": "\n\n".join(systems)} if systems else {}
@@ -360,8 +360,8 @@ class InstructionTuning:
         # a batch has either short or long answers, and prompts of similar length
         order = np.lexsort(([len(ids) for ids in prompts], [n > 100 for n in limits]))
         for batch in (order[i : i + 128] for i in range(0, len(order), 128)):
-            asked, most = [prompts[i] for i in batch], [limits[i] for i in batch]
-            texts = complete(self.model, self.tokenizer, asked, most, stop_ids=stops, **sampling)
+            batch_prompts, batch_limits = [prompts[i] for i in batch], [limits[i] for i in batch]
+            texts = complete(self.model, self.tokenizer, batch_prompts, batch_limits, stop_ids=stops, **sampling)
             for i, text in zip(batch, texts, strict=True):
                 answers[i] = text.strip()
         return answers
@@ -429,7 +429,7 @@ def start_model(lora_cfg, cfg, conversations, device):
         fixed = ("optimizer", "rank", "alpha", "target_modules", "template")
         state = read_state(last, fingerprint, settings, fixed, cfg.fsdp)
         if not hasattr(state, "base_model"):
-            raise UserError(f"--init_from=resume: the run in {last} is not an instruction tuning")
+            raise UserError(f"--init_from=resume: the run in {last} was not written by lora.py")
     else:
         state = new_state(fingerprint, settings)
         state.base_model = cfg.init_from
@@ -475,18 +475,18 @@ def print_plan(task):
     padding = 1 - tokens / cfg.gradient_accumulation_steps / task.rows_per_batch / task.row_length
     print(f"data: {len(task.train_set):,} records to train on, {len(task.val_set):,} held out; {task.cut:,} cut to "
           f"max_length={task.lora_cfg.max_length}, {task.dropped:,} dropped (too long, or no response); in "
-          f"{len(task.train_rows):,} rows of {task.row_length}, {padding:.1%} of them padding")  # fmt: skip
+          f"{len(task.train_rows):,} rows of {task.row_length}, {padding:.1%} padding")  # fmt: skip
     if task.changed:
-        print(f"the tokenizer does not keep {task.changed.total():,} texts whole, such as {min(task.changed)!r}")
+        print(f"{task.changed.total():,} texts change when they are encoded and decoded, such as {min(task.changed)!r}")
     print(f"training {trainable:,} of {total:,} parameters: {cfg.max_iters:,} steps of {tokens:,.0f} tokens, "
           f"{cfg.max_iters * per_step:.1f} epochs; learning rate {cfg.learning_rate:.2g}, "
           f"{warmup_steps(cfg):,.0f} steps of warmup")  # fmt: skip
     if (rows := task.rows_per_batch * cfg.gradient_accumulation_steps) < get_world_size():
-        print(f"warning: a step has {rows} rows, fewer than there are processes: some have nothing to do")
+        print(f"warning: a step has {rows} rows, fewer than there are processes: some stay idle")
 
 
 def measure(task, num_checked=None):
-    """Return (figures by name, answers) for the report. num_checked: most answers to check; None: all."""
+    """Return (figures by name, answers) for the report. num_checked: maximum number of answers to check; None: all."""
     lora_cfg, records = task.lora_cfg, task.val_records
     task.model.eval()
     checked, outcomes = records[:num_checked], {"exact match": []}
@@ -528,7 +528,7 @@ def report(task, state, after):
         if name in results_after:  # a resumed run may measure other figures
             lines.append(f"{name}: {value:.4f} before, {results_after[name]:.4f} after")
     if last > 1.01 * best:
-        lines.append(f"overfitting: the response loss was {best:.4f} at step {best_step}, the checkpoint above, and "
+        lines.append(f"overfitting: the response loss rose from {best:.4f} at step {best_step} (reported above) to "
                      f"{last:.4f} at step {last_step}: use fewer epochs or a lower learning rate")  # fmt: skip
     text = "\n".join(lines)
     print("\n" + text)
@@ -643,8 +643,8 @@ def template_of(path, tokenizer):
 
 
 def choose_template(name, paths, tokenizer):
-    """Return a chat template, and its name and source as a text. It is the template `name`, or that of the first of the
-    directories `paths` that has one, or alpaca."""
+    """Return a chat template, and its name and source as a text. `name` decides. Without it, take the template of
+    the first directory in `paths` that has one. The last resort is alpaca."""
     if name:
         return TEMPLATES[name], f"{name} (--template)"
     for path in paths:

@@ -70,8 +70,8 @@ class GemmaConfig:
 
 
 def linear(x, weight, packed=None):
-    """Return x (..., in) times weight (out, in), shape (..., out). packed: None, or (the weight in oneDNN's layout for
-    few tokens, its version when it was packed), which takes about half the time on CPUs, for the same bits."""
+    """Return x (..., in) times weight (out, in), shape (..., out). packed: None, or (weight in oneDNN's layout, version
+    of the weight that was packed). It gives the same bits in half the time on CPUs, and is ignored if it is stale."""
     if packed is None or packed[1] != weight._version:
         return F.linear(x, weight)
     return torch.ops.mkldnn._linear_pointwise(x, packed[0], None, "none", [], "")
@@ -154,7 +154,7 @@ def flash_attention(q, k, v, window, scale, dropout, doc_ids):
 
 def cached_attention(q, k, v, window, scale, dropout, valid):
     """Attention of one token, q (B, H, 1, D), to the slots of a KVCache, k and v (B, K, slots, D), where `valid`
-    (slots,) is true. The cache holds no more than the window, so `window` is not used. Nor is `dropout`."""
+    (slots,) is true. `window` and `dropout` are ignored: the cache holds only the window."""
     grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[3])  # (B, K, H/K, D): heads that share keys share one product
     scores = (grouped @ k.transpose(2, 3)).float() * scale
     return (scores.masked_fill(~valid, -math.inf).softmax(-1).type_as(v) @ v).view(q.shape)
@@ -383,10 +383,10 @@ class Gemma(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed, device=None):
-        """Draw every matrix with std 0.02 on `device`, by default the model's, the tied embedding included: the first
-        loss is then about ln(V). The norms after attention and MLP start with a gain that makes their outputs as large
+        """Draw every matrix, the embedding too, from N(0, 0.02^2) on `device` (default: the model's). The first loss is
+        then about ln(V). The norms after attention and MLP start with a gain that makes their outputs as large
         as an embedded token. A gain of 1 makes the outputs larger (twice as large at 270M) and slows training down
-        (docs/experiments.md). Other norms start with gain 1. Raises ValueError for an unknown vector."""
+        (docs/experiments.md). Other norms start with gain 1. Raises ValueError for any other vector."""
         device = device or self.device
         generator = torch.Generator(device).manual_seed(seed)
         embedded = 0.02 * self.config.hidden_size**0.5  # rms of an embedded token
@@ -583,15 +583,15 @@ def complete(model, tokenizer, prompts, max_new_tokens, **sampling):
     return [tokenizer.decode(ids) for ids in made]
 
 
-# ---- files: configuration and weights. They may come from anyone and be damaged, which raises ValueError -------------
+# ---- files: configuration and weights. Damaged ones raise ValueError -------------------------------------------------
 
-# settings of transformers with one value in every Gemma 3: written to config.json, and checked when reading one. A
-# field of GemmaConfig with the same name replaces the constant
+# transformers' settings with the same value in every Gemma 3. They are written to config.json and checked on reading.
+# A field of GemmaConfig with the same name replaces the constant
 GEMMA3_CONSTANTS = {
     "attention_bias": False, "final_logit_softcapping": None, "attn_logit_softcapping": None,
     "tie_word_embeddings": True, "use_bidirectional_attention": False,
 }  # fmt: skip
-# transformers' defaults for settings that a config.json leaves out, as those of the published 4B to 27B models do
+# transformers' defaults for settings that a config.json lacks. The published 4B to 27B models omit some of them
 HF_DEFAULTS = {
     "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
     "num_attention_heads": 8, "num_key_value_heads": 4, "query_pre_attn_scalar": 256,
@@ -701,7 +701,7 @@ def weight_files(path):
         return [path / "model.safetensors"]
     names = dict_at(read_json(index), "weight_map").values()
     for name in names:
-        require(isinstance(name, str) and Path(name).name == name, f"{index.name}: {name!r} is no file beside it")
+        require(isinstance(name, str) and Path(name).name == name, f"{index.name}: {name!r} is not a file name")
     return [path / name for name in sorted(set(names))]
 
 

@@ -60,7 +60,9 @@ class PrepareConfig:
     text_column: str = "text"  # column of the text in .jsonl, .csv, .parquet, ... and Hub datasets
     max_bad_rows: float = 0.1  # share of a file's rows that may be left out because they hold no text
     separator: str = "<|endoftext|>"  # text between the documents of a .txt file; \n stands for a line break
-    val_fraction: float | None = None  # share to hold out if there is no validation split; None: 0.01; for one text 0.1
+    val_fraction: float | None = (
+        None  # share to hold out if there is no validation split; None: 0.01, or 0.1 of one long text
+    )
     max_documents: int = 0  # stop after this many documents; 0: all (fables: 40,000)
     seed: int = 0  # chooses the texts that a bundled corpus generates
 
@@ -87,7 +89,7 @@ def prepare(cfg, corpus, out):
     part = out.with_name(out.name + ".part")  # no script reads this name, so no script reads half a dataset
     tokenizer = start_or_resume(part, cfg, corpus)
     shards = tokenize(corpus, tokenizer, part)
-    for source, note in corpus.notes.items():  # again, because max_documents may have ended the reading
+    for source, note in corpus.notes.items():  # if max_documents ended the reading, column() did not check
         check_bad_rows(source, note, cfg.max_bad_rows)
     meta = {
         "source": corpus.source, "tokenizer": cfg.tokenizer or corpus.tokenizer, "vocab_size": tokenizer.vocab_size,
@@ -181,9 +183,8 @@ def encode_shard(path, documents, tokenizer, bits):
         texts = [text for split, text in documents if split == name]
         arrays[name] = tokens = tokenizer.encode_documents(texts).astype(tokenizer.dtype)
         decoded = texts
-        if not (
-            tokenizer.bpe and tokenizer.bpe._pat_str == GPT2_PATTERN
-        ):  # it may lose characters; then bits per byte count the remaining bytes
+        is_lossless = tokenizer.bpe and tokenizer.bpe._pat_str == GPT2_PATTERN
+        if not is_lossless:  # others may drop characters: count the bytes of the decoded text
             decoded = [tokenizer.decode(ids) for ids in np.split(tokens, np.flatnonzero(tokens == tokenizer.eot))[:-1]]
         changed = [(text, read) for text, read in zip(texts, decoded, strict=True) if text != read]
         arrays[f"{name}_changed"] = len(changed)
@@ -325,8 +326,8 @@ def split_text(text, cfg):
     """Return the splits of one long text. It is cut between paragraphs, and the last tenth is held out, as in nanoGPT.
 
     Each piece becomes a document. Pieces are short, so that many threads can work, and so that the model often sees an
-    end-of-text token before a text, which is where generation begins. They are long enough that few rows of train.py
-    end early. They are not stripped, so the pieces joined together are the text."""
+    end-of-text token before a text, which is where generation begins. They are long compared with a row of train.py,
+    so few rows end early. They are not stripped, so the pieces joined together are the text."""
     pieces, start, size = [], 0, min(PIECE_CHARS, max(1, len(text) // 20))
     while start < len(text):
         end = start + size
@@ -350,7 +351,9 @@ def open_files(path, cfg, notes=None):
     files, left_out = source_files(path)
     held_out = [f for f in files if names_split("val|valid|validation|dev", f, path)]
     if held_out and cfg.val_fraction is not None:
-        raise UserError(f"val_fraction={cfg.val_fraction}: {path} has a validation split of its own; leave it away")
+        raise UserError(
+            f"val_fraction={cfg.val_fraction}: {path} already has a validation split: remove --val_fraction"
+        )
     left_out |= {f: "a test split" for f in files if names_split("test", f, path)}
     files = [f for f in files if f not in left_out]
     print_left_out(path, left_out)

@@ -73,7 +73,7 @@ class SampleConfig:
         exclusive = ("export_gguf", "interactive", "instruct", "start"), ("model", "out_dir"), ("adapter", "out_dir")
         for keys in exclusive:
             if len(given := [key for key in keys if getattr(self, key)]) > 1:
-                raise ValueError(f"{' and '.join(given)} are for different purposes: give one of them")
+                raise ValueError(f"{' and '.join(given)} cannot be combined: give one of them")
 
 
 @runtime_errors("lower num_samples or max_new_tokens")
@@ -156,7 +156,7 @@ class Writer:
     def continue_text(self, text):
         ids = self.tokenizer.encode(text).tolist()
         if (read := self.tokenizer.decode(ids)) != text:
-            print(f"[the tokenizer does not keep this text whole; the model reads {read!r}]")
+            print(f"[encoding changes this text; the model reads {read!r}]")
         return self.write(text, [self.tokenizer.bos, *ids], self.stops)
 
     def answer(self, messages):

@@ -174,7 +174,7 @@ def fit(task, cfg, state, device):
             folder.save("last", task.save_model, model, state, optimizers)
     folder.raise_errors()
     if signals.stop_signal:
-        say(f"stopped after step {state.step}; to continue: the same command with --init_from=resume")
+        say(f"stopped after step {state.step}; to continue, run the same command with --init_from=resume")
         shutdown_distributed(128 + signals.stop_signal)
 
 
@@ -218,7 +218,7 @@ def accumulate_gradients(forward, micro_batches, device, dtype):
     in nats per label, as a tensor that the device may still be computing."""
     # every label of the step has the same weight, even if micro-batches or processes differ in their number of labels
     num_labels = sum(int((labels != -100).sum()) for _, labels, *_ in micro_batches)
-    own_batches = local_micro_batches(micro_batches)  # may be in another order, or only some rows of each
+    own_batches = local_micro_batches(micro_batches)  # of this rank, or its rows of each
     total = torch.zeros((), device=device)
     for i, batch in enumerate(own_batches):
         if isinstance(forward, DistributedDataParallel):  # all-reduce in the last backward only
@@ -360,8 +360,8 @@ class PackedDataset:
     """One split of a prepared dataset as rows of block_size tokens. A row begins with a document where possible.
 
     A row's first token is the end-of-text before its first document, or the tokenizer's <bos> if it has one. If the end
-    of a row cuts a document off, the next row starts that document again. So every token is predicted at least once
-    with all of its document before it. Only a document longer than a row continues in the next row.
+    of a row cuts a document off, the next row starts that document again. So every token has the whole beginning of its
+    document in context at least once. Only a document longer than a row continues in the next row.
 
     To train on other rows, write a class with batch(rows) and __len__ and use it in Pretraining.train_rows. The caller
     shuffles the rows; every epoch visits each of them once."""
@@ -510,7 +510,7 @@ class Pretraining:
         print(f"training: {self.cfg.max_iters - state.step:,} steps of {per_step * block_size:,} tokens; {epochs:.2f} "
               f"epochs of the text in {len(rows):,} rows{repeated}")  # fmt: skip
         if warmup_steps(self.cfg) >= self.cfg.max_iters:
-            print(f"warning: warmup_iters={self.cfg.warmup_iters:g} never ends before max_iters={self.cfg.max_iters}")
+            print(f"warning: warmup_iters={self.cfg.warmup_iters:g} is not below max_iters={self.cfg.max_iters}")
         if epochs > 30 and not self.data_cfg.dropout:
             print(f"warning: {epochs:.0f} epochs over the same text without dropout will memorize it")
 
@@ -567,7 +567,7 @@ def start_model(data_cfg, cfg, arch, dataset, device):
             raise UserError(f"--init_from={cfg.init_from}: no checkpoint in {checkpoint}")
         model = open_model(checkpoint, home, dropout=data_cfg.dropout)
         if Tokenizer.load(checkpoint).spec["model"] != tokenizer.spec["model"]:
-            raise UserError(f"the dataset's tokenizer is not the model's: prepare it with --tokenizer={checkpoint}")
+            raise UserError(f"dataset and model have different tokenizers: prepare it with --tokenizer={checkpoint}")
         check_architecture(arch, model.config, checkpoint)
         if cfg.init_from == "resume":
             state = read_state(checkpoint, fingerprint, settings, fixed=("optimizer",), fsdp=cfg.fsdp)

@@ -70,7 +70,7 @@ def read_fields(record, names, notes, kind):
     # pandas writes an empty cell as NaN, which does not equal itself
     given = {key: value for key, value in record.items() if value not in (None, "", [], {}) and value == value}
     if refused := sorted(key for key in given.keys() & REFUSED if key != "label" or isinstance(given[key], bool)):
-        raise UserError(f"its {kind} {refused[0]!r} is not supported, and leaving it out would change what is learned")
+        raise UserError(f"its {kind} {refused[0]!r} is not supported, and ignoring it would change the training data")
     found = {}
     for key, spellings in names.items():
         values = {name: given[name] for name in spellings if name in given}
@@ -144,14 +144,14 @@ def exchange(instruction, context, response):
     return [{"role": "user", "content": instruction, "input": context}, {"role": "assistant", "content": response}]
 
 
-# The place of a message's content in a rendered template, with the space before it. If an em space remains on a side,
-# the template keeps white space there
+# The placeholder of a content in the rendered template, and the space before it. A template that trims the content also
+# removes the em space on that side
 PLACE = re.compile("( ?)(\u2003?)\0([0-9]+)\0(\u2003?)")
 
 
 def encode_conversation(tokenizer, messages, template):
-    """Return the token ids of a conversation, and for each id whether it belongs to a response or ends one. In the
-    template "short", the underlined ids do:
+    """Return the token ids of a conversation, and for each id whether it is a label: part of a learned response, or
+    the token that ends one. With the template "short" these ids are labels:
 
         <|endoftext|>Instruction: Who is it?\\nResponse: Emil.<|endoftext|>
                                                         ^^^^^^^^^^^^^^^^^^^
@@ -180,7 +180,7 @@ def encode_conversation(tokenizer, messages, template):
         raise UserError("the chat template leaves out or repeats messages: choose another format with --template")
     stream = []  # str: text of the prompt; int: a special token; tuple: a response, and whether it is learned
     for own_text, space, left, number, right in zip(*(pieces[i::5] + [""] * (i > 0) for i in range(5)), strict=True):
-        # text, the name of a special token, text, ...
+        # split() alternates: text, special token, text, ...
         rendered += own_text
         if stream and isinstance(stream[-1], tuple) and (end := tokenizer.plain_markers.match(own_text)):
             stream.append(

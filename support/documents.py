@@ -37,9 +37,9 @@ def source_files(path):
     files, left_out = {}, {}
     for file in sorted(found):
         if not os.path.isfile(file):
-            left_out[file] = "a broken link, or no file"
+            left_out[file] = "a broken link, or not a regular file"
         elif not kind_of(file):
-            left_out[file] = "not a kind that is read"
+            left_out[file] = "an unsupported kind"
         elif len(found) > 1 and re.fullmatch(DESCRIPTIONS, file.name.lower()):
             left_out[file] = "describes a dataset"
         elif (real := os.path.realpath(file)) in files:
@@ -113,7 +113,7 @@ def read_txt(path, separator, notes=None):
 
 def read_rows(path):
     """Yield (place, row) of a file of rows, one by one. row: a dict, or the error that says why it cannot be read.
-    Values keep their types. `datasets` would force one type on a column, and so change texts in a column of numbers."""
+    Values keep their types: `datasets` casts a whole column to one type, and changes texts beside numbers."""
     kind = kind_of(path)
     readers = {".parquet": read_tables, ".arrow": read_tables, ".csv": read_csv, ".tsv": read_csv}
     with user_errors(f"{path}: not readable as {kind[1:]}"):
@@ -147,7 +147,7 @@ def read_csv(path):
                 raise ValueError("two columns have the same name")
             for row in reader:
                 is_whole = None not in row and None not in row.values()
-                yield f"line {reader.line_num}", row if is_whole else ValueError("more or fewer cells than the head")
+                yield f"line {reader.line_num}", row if is_whole else ValueError("more or fewer cells than the header")
         except (csv.Error, UnicodeDecodeError) as e:
             raise ValueError(f"after line {reader.line_num}: {e}; save it as UTF-8, with balanced quotes") from None
 

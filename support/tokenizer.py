@@ -48,7 +48,7 @@ class Tokenizer:
             raise ValueError(f"it is of the kind {spec['model'].get('type')}, which is not supported; use a BPE")
 
         def choose(key, usual):
-            """Return the token that tokenizer_config.json names, or the first usual one that there is."""
+            """Return the token that tokenizer_config.json names, or the first of `usual` that is a special token."""
             named = self.config.get(key)
             named = named["content"] if isinstance(named, dict) else named
             if named is not None and named not in special:
@@ -64,7 +64,7 @@ class Tokenizer:
         self.eot = special[self.eot_token]
         self.bos = special[self.bos_token]  # stands before a text
         self.pad = special[self.pad_token]
-        # special tokens, which chat templates name; added tokens that are not special can end a response there
+        # chat templates contain special tokens, and may end a response with an added token that is not special
         self.ids_of_markers = {t["content"]: t["id"] for t in spec["added_tokens"]}
         plain = [name for name in self.ids_of_markers if name not in special and name.strip()]
         self.markers, self.plain_markers = (
@@ -112,7 +112,7 @@ class Tokenizer:
             self.hf.post_processor = processors.TemplateProcessing(f"{self.bos_token} $A", special_tokens=first)
             self.spec["post_processor"] = json.loads(self.hf.to_str())["post_processor"]
         (path / "tokenizer.json").write_text(json.dumps(self.spec, ensure_ascii=False), encoding="utf-8")
-        # other classes build their own tokenizer, whose first token may differ
+        # the model's own class would rebuild the tokenizer, and might add another first token
         own = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         config = self.config | self.named_tokens() | own
         (path / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -137,7 +137,7 @@ class Tokenizer:
     def encode_documents(self, texts):
         """Return the token ids of all texts as one uint32 array, with end-of-text after each."""
         if self.bpe and not any(self.eot_token in text or len(split_long_words(text)) > 1 for text in texts):
-            # one call for many documents, because tiktoken releases the GIL. It does not merge across special tokens
+            # one long call, because tiktoken releases the GIL during a call. It does not merge across special tokens
             joined = "".join(text + self.eot_token for text in texts)
             return self.bpe.encode_to_numpy(joined, allowed_special={self.eot_token}, disallowed_special=())
         ended = [np.append(self.encode(text), np.uint32(self.eot)) for text in texts]
@@ -151,14 +151,14 @@ class Tokenizer:
 
 
 LONG_WORD = 4096  # longer than any run of one kind of characters in an ordinary text
-KINDS = (r"\s", r"[^\W\d_]", r"\d", r"[^\w\s]", "_")  # white space, letters, digits, signs
+KINDS = (r"\s", r"[^\W\d_]", r"\d", r"[^\w\s]", "_")  # white space, letters, digits, punctuation
 LONG_WORDS = re.compile("|".join(f"{kind}{{{LONG_WORD}}}" for kind in KINDS))
 
 
 def split_long_words(text):
     """Return the parts of a text, cut inside runs of LONG_WORD letters, spaces and so on. A BPE's time grows with the
     square of a word's length, and tiktoken fails on a million spaces."""
-    # most texts are short, and the second search is the slower one
+    # cheap checks first: LONG_WORDS is slow
     if len(text) < LONG_WORD or not re.search(rf"\S{{{LONG_WORD}}}|\s{{{LONG_WORD}}}", text):
         return [text]
     cuts = [0, *(match.end() for match in LONG_WORDS.finditer(text)), len(text)]

@@ -103,7 +103,7 @@ def test_what_is_left_out_of_a_folder_is_named(tmp_path, capsys):
     print_left_out(tmp_path, left_out)
     printed = capsys.readouterr().out
     assert "(describes a dataset): README.md, dataset_infos.json" in printed
-    assert "(not a kind that is read): x.pdf, y.parquet.gz" in printed
+    assert "(an unsupported kind): x.pdf, y.parquet.gz" in printed
     assert "(the same file as b.jsonl): link.jsonl" in printed
 
 
@@ -170,7 +170,7 @@ def test_links_neither_loop_nor_vanish(tmp_path):
     (tmp_path / "b.txt").symlink_to(tmp_path / "missing.txt")
     files, left_out = source_files(tmp_path)
     assert [file.name for file in files] == ["a.txt"]
-    assert left_out == {tmp_path / "b.txt": "a broken link, or no file"}
+    assert left_out == {tmp_path / "b.txt": "a broken link, or not a regular file"}
 
 
 @pytest.mark.parametrize("content, message", [("text,text\na,b\n", "two columns have the same name"),

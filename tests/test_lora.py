@@ -604,7 +604,7 @@ def test_the_report_says_when_the_last_checkpoint_is_worse_than_the_best(tmp_pat
     events = [{"event": "eval", "step": i, "val_loss": loss} for i, loss in enumerate(losses)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     report(task, SimpleNamespace(before=({}, []), best_val_loss=min(losses), step=2), ({}, []))
-    assert ("overfitting: the response loss was 1.0000 at step 1" in capsys.readouterr().out) == found
+    assert ("overfitting: the response loss rose from 1.0000 at step 1" in capsys.readouterr().out) == found
 
 
 @pytest.mark.parametrize("word", "abcdefgh")

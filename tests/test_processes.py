@@ -196,7 +196,7 @@ def test_a_signal_to_torchrun_saves_the_run(project):
     wait_for_step(process, 7)
     process.send_signal(signal.SIGTERM)
     printed, errors = process.communicate(timeout=60)
-    assert "to continue: the same command with --init_from=resume" in printed, errors
+    assert "to continue, run the same command with --init_from=resume" in printed, errors
     assert "forcefully exiting" not in errors
     step = read_state(out / "last", None, {}, ()).step
     assert step >= 7 and step % 5, "the run was saved at the signal, not at an evaluation"
