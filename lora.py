@@ -62,7 +62,7 @@ class LoraConfig:
     max_tokens_per_batch: int = 4096  # limit of a batch; several records share a row
     batch_size: int = 0  # records per batch, about; 0: 1% of all, at least 4; max_tokens_per_batch may lower it
     val_fraction: float = 0.05  # share of the records to hold out; more if that would be fewer than about 8
-    num_checked: int = 1200  # at most so many held-out records are answered and checked; before tuning 240
+    num_checked: int = 1200  # answer and check at most this many held-out records; before tuning at most 240
     num_samples: int = 4  # answers shown before and after tuning
     top_k: int = 5  # the shown answers are drawn from the k likeliest tokens
     merge: bool = False  # at the end, also save the model with the best adapter merged in, to out_dir/merged
@@ -303,7 +303,7 @@ class InstructionTuning:
                 return None
             if excess <= 0:
                 return messages
-            if len(messages) > 2:  # of many turns drop several at a time
+            if len(messages) > 2:  # if there are many turns, drop several at once
                 first = 2 * max(1, int(len(messages) / 2 * excess / len(ids) / 2))
                 systems = [m["system"] for m in messages[: first + 1] if m.get("system")]
                 system = {"system": "\n\n".join(systems)} if systems else {}

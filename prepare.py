@@ -89,7 +89,7 @@ def prepare(cfg, corpus, out):
     part = out.with_name(out.name + ".part")  # no script reads this name, so no script reads half a dataset
     tokenizer = start_or_resume(part, cfg, corpus)
     shards = tokenize(corpus, tokenizer, part)
-    for source, note in corpus.notes.items():  # if max_documents ended the reading, column() did not check
+    for source, note in corpus.notes.items():  # max_documents can stop column() before its final check
         check_bad_rows(source, note, cfg.max_bad_rows)
     meta = {
         "source": corpus.source, "tokenizer": cfg.tokenizer or corpus.tokenizer, "vocab_size": tokenizer.vocab_size,
@@ -234,7 +234,7 @@ def report(out, meta, corpus, example):
     n = {key: sum(note.get(key, 0) for note in corpus.notes.values()) for key in keys}
     changed = meta["train"]["changed"] + meta["val"]["changed"]
     print(f"rows left out: {n['unreadable']:,} without a text, {n['empty']:,} empty; texts changed: {n['repaired']:,} "
-          f"with half a character, {n['line_ends']:,} with Windows line ends, {changed:,} by the tokenizer"
+          f"with an unpaired surrogate, {n['line_ends']:,} with Windows line ends, {changed:,} by the tokenizer"
           f"{f', such as {example}' if example else ''}")  # fmt: skip
     recipe, name = Path(__file__).parent / "config" / f"train_{out.name}.py", shlex.quote(out.name)
     other = f"train_tinystories_cpu.py --dataset={name} --out_dir=out/{name}"

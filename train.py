@@ -218,7 +218,7 @@ def accumulate_gradients(forward, micro_batches, device, dtype):
     in nats per label, as a tensor that the device may still be computing."""
     # every label of the step has the same weight, even if micro-batches or processes differ in their number of labels
     num_labels = sum(int((labels != -100).sum()) for _, labels, *_ in micro_batches)
-    own_batches = local_micro_batches(micro_batches)  # of this rank, or its rows of each
+    own_batches = local_micro_batches(micro_batches)  # this rank's whole micro-batches, or its rows of each
     total = torch.zeros((), device=device)
     for i, batch in enumerate(own_batches):
         if isinstance(forward, DistributedDataParallel):  # all-reduce in the last backward only

@@ -4,7 +4,7 @@
 #         --val_fraction=0.0005
 #     torchrun --standalone --nproc_per_node=8 train.py config/train_fineweb_270m.py
 #
-# The published sample has about 10 billion GPT-2 tokens, which take 20 GB on disk. Streaming needs no other disk space.
+# The published sample has about 10 billion GPT-2 tokens, which take 20 GB on disk. Joining takes 20 GB more.
 # Not yet measured.
 from config.train_tinystories_270m import *  # noqa: F403
 

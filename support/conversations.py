@@ -135,7 +135,7 @@ def as_text(value, name, notes):
     if type(value) not in (str, int):
         raise UserError(f"its {name} is {type(value).__name__}, not text")
     text = str(value).encode(errors="replace").decode()  # JSON can hold half of a surrogate pair
-    notes["half a character, replaced by ?"] += text != str(value)
+    notes["unpaired surrogate, replaced by ?"] += text != str(value)
     return text
 
 
@@ -160,7 +160,7 @@ def encode_conversation(tokenizer, messages, template):
     Training and sampling both call this function, so their prompts cannot differ. The ids equal those of transformers'
     apply_chat_template(), except that the name of a special token in a message stays text."""
     knows_input = re.search(r"\bm\.input\b", template)  # the templates in lora.py do
-    # (text, its message); the messages with a mark in place of each content; the messages for a template
+    # contents: (text, its message); marked: messages with a mark for each text; plain: messages with the texts
     contents, marked, plain = [], [], []
     for message in messages:
         texts = {"content": message["content"], "input": message.get("input") or ""}

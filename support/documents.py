@@ -113,7 +113,7 @@ def read_txt(path, separator, notes=None):
 
 def read_rows(path):
     """Yield (place, row) of a file of rows, one by one. row: a dict, or the error that says why it cannot be read.
-    Values keep their types: `datasets` casts a whole column to one type, and changes texts beside numbers."""
+    Values keep their types. The `datasets` library would cast a column of texts and numbers to one type."""
     kind = kind_of(path)
     readers = {".parquet": read_tables, ".arrow": read_tables, ".csv": read_csv, ".tsv": read_csv}
     with user_errors(f"{path}: not readable as {kind[1:]}"):

@@ -159,7 +159,7 @@ LOSS_OF = {"step": "train_loss", "eval": "val_loss", "skipped": "train_loss"}  #
 
 
 def read_log(path):
-    """Return the entries of a log.jsonl. Events of other code stay; lines torn by a crash or a full disk go."""
+    """Return the entries of a log.jsonl. Keep events of other code; drop lines torn by a crash or a full disk."""
     entries = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):

@@ -98,7 +98,7 @@ def resolve_init_from(out_dir, init_from):
         if init_from == "resume":
             pass
         elif not any((resolved / name).exists() for name in ("log.jsonl", "last", "best", ".job")):
-            raise UserError(f"--out_dir={out_dir}: has files in it that are no run of ours: name another folder")
+            raise UserError(f"--out_dir={out_dir}: has files that are not from a nanoGemma run: name another folder")
         elif path.is_symlink() or os.path.ismount(resolved) or Path.cwd().is_relative_to(resolved):
             raise UserError(f"--out_dir={out_dir}: the run in it cannot be moved aside: name another folder")
         elif Path(init_from).resolve().is_relative_to(resolved):
@@ -127,7 +127,7 @@ def write_checkpoint(path, save_model, weights, state=None):
         shutil.rmtree(part, ignore_errors=True)
         size = sum(t.nbytes for t in tree_leaves((weights, state)) if isinstance(t, torch.Tensor))
         free = shutil.disk_usage(path.parent).free
-        before = "; the checkpoint of before is whole" if latest_intact_dir(path).exists() else ""
+        before = "; the previous checkpoint is intact" if latest_intact_dir(path).exists() else ""
         raise OSError(f"{path}: not saved: {first_line(e)} ({size / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free)"
                       f"{before}") from None  # fmt: skip
 

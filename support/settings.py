@@ -22,7 +22,7 @@ from typing import get_args, get_type_hints
 NO_LIMIT = 2**62  # for check_range(): a larger or infinite value is a mistake
 # settings that can be a path, in which ~ is the home folder. The texts of all other settings must be UTF-8
 PATHS = {"out_dir", "init_from", "dataset", "tokenizer", "compare", "data", "model", "adapter", "export_gguf"}
-WRITTEN = {"out_dir", "export_gguf"}  # their names stand in pictures and metadata
+WRITTEN = {"out_dir", "export_gguf"}  # these paths appear in plots and metadata, so they must be UTF-8
 
 
 class UserError(Exception):

@@ -228,7 +228,7 @@ def test_a_disk_that_fills_up_costs_no_training(project, whole):
     before = load_file(run / "last" / "model.safetensors")
     result = limited(project, 30_000, *FLAGS, "--out_dir=out/fills", "--init_from=resume")
     assert "writes failed" in one_line(result, 1)
-    assert result.stdout.count("training goes on") >= 3 and "the checkpoint of before is whole" in result.stdout
+    assert result.stdout.count("training goes on") >= 3 and "the previous checkpoint is intact" in result.stdout
     assert "step    20/20" in result.stdout
     after = load_file(run / "last" / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)

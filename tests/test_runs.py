@@ -54,10 +54,10 @@ def test_only_runs_are_moved_aside(fables_project):
     os.mkdir(project / "empty")
     before = sorted(project.rglob("*"))
     for out_dir, message, *more in (
-        ("photos", "no run of ours"),
-        ("data", "no run of ours"),
-        (".", "no run of ours"),
-        ("photos/a.jpg", "no run of ours"),
+        ("photos", "not from a nanoGemma run"),
+        ("data", "not from a nanoGemma run"),
+        (".", "not from a nanoGemma run"),
+        ("photos/a.jpg", "not from a nanoGemma run"),
         ("link", "cannot be moved aside"),
         ("out/base", "contains the model to start from", "--init_from=out/base/best"),
         ("a\0b", "wants str"),
