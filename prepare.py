@@ -60,9 +60,7 @@ class PrepareConfig:
     text_column: str = "text"  # column of the text in .jsonl, .csv, .parquet, ... and Hub datasets
     max_bad_rows: float = 0.1  # share of a file's rows that may be left out because they hold no text
     separator: str = "<|endoftext|>"  # text between the documents of a .txt file; \n stands for a line break
-    val_fraction: float | None = (
-        None  # share to hold out if there is no validation split; None: 0.01, or 0.1 of one long text
-    )
+    val_fraction: float | None = None  # share to hold out without a validation split; None: 0.01, or 0.1 of one text
     max_documents: int = 0  # stop after this many documents; 0: all (fables: 40,000)
     seed: int = 0  # chooses the texts that a bundled corpus generates
 

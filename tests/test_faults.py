@@ -391,7 +391,7 @@ def test_a_dataset_with_another_tokenizer_is_refused(project, whole):
         project, "prepare.py", "--dataset=fables", "--max_documents=300", "--tokenizer=bpe:290", "--name=another"
     )
     _, command = resume(project, whole, "--dataset=another")
-    assert "the dataset's tokenizer is not the model's" in fails(project, *command)
+    assert "dataset and model have different tokenizers" in fails(project, *command)
 
 
 def test_another_dataset_under_the_same_name_is_refused(damaged):
