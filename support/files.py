@@ -4,6 +4,8 @@ import contextlib
 import errno
 import os
 import shutil
+import tempfile
+from pathlib import Path
 
 from filelock import FileLock, Timeout
 
@@ -47,7 +49,10 @@ def lock_folder(path):
     if it crashes. Raises UserError if another process holds the lock."""
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    lock_file = path.with_name(f".{path.name}.lock")
+    if not os.access(path.parent, os.W_OK):  # as of a folder that is mounted into a container
+        lock_file = Path(tempfile.gettempdir(), f"{str(path).replace(os.sep, '-')}.lock")
+    lock = FileLock(lock_file)
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -58,7 +58,7 @@ def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(tmp_path, mo
     assert (tmp_path / "log").read_text() == "old" and os.listdir(tmp_path) == ["log"]
 
 
-def test_a_folder_is_locked_while_a_process_lives(tmp_path):
+def test_a_folder_is_locked_while_a_process_lives(tmp_path, monkeypatch):
     """Two runs with one out_dir once moved each other's folder aside, and their logs mixed."""
     code = "import time; from pathlib import Path; from support.files import lock_folder; "
     code += (
@@ -70,7 +70,8 @@ def test_a_folder_is_locked_while_a_process_lives(tmp_path):
         pass
     holder.kill()  # a crash frees the folder
     holder.wait()
-    for _ in range(2):
+    for is_writable in (True, False):
+        monkeypatch.setattr(os, "access", lambda path, mode, is_writable=is_writable: is_writable)
         with lock_folder(tmp_path / "run"):
-            pass
+            assert [path.name for path in tmp_path.iterdir()] == [".run.lock"] * is_writable
     assert not list(tmp_path.iterdir())
