@@ -133,9 +133,10 @@ def add_lora(model, rank=8, alpha=16, dropout=0.0, target_modules="all-linear"):
     if missing := sorted(target for target in targets if not found[target]):
         raise ValueError(f"{', '.join(missing)}: no such linear layers; the model has {', '.join(kinds)}")
     model.requires_grad_(False)
-    for name in sorted(set(itertools.chain(*found.values()))):
-        linear = linears[name]
-        model.set_submodule(name, LoRALinear(linear, rank, alpha, dropout).train(linear.training))
+    wrapped = set(itertools.chain(*found.values()))
+    for name, linear in linears.items():
+        if name in wrapped:
+            model.set_submodule(name, LoRALinear(linear, rank, alpha, dropout).train(linear.training))
     return model
 
 
@@ -283,26 +284,26 @@ class InstructionTuning:
             if (shortened := self.shorten(messages)) is None:
                 self.dropped += 1
                 continue
-            self.cut += shortened is not messages
+            kept, ids, is_response = shortened
+            self.cut += kept is not messages
             if not self.tokenizer.bpe:
-                texts = [m[key] for m in shortened for key in ("content", "input") if m.get(key)]
+                texts = [m[key] for m in kept for key in ("content", "input") if m.get(key)]
                 self.changed.update(t[:60] for t in texts if self.tokenizer.decode(self.tokenizer.encode(t)) != t)
-            ids, is_response = encode_conversation(self.tokenizer, shortened, self.template)
             labels = [t if flag else -100 for t, flag in zip(ids, is_response, strict=True)]
             encoded.append((torch.tensor(ids), torch.tensor(labels)))
-            used.append(shortened)
+            used.append(kept)
         return encoded, used
 
     def shorten(self, messages):
-        """Return a conversation cut to max_length tokens: it loses its oldest turns, then the end of its last input.
-        Return None if its instruction and response alone are too long, or if it has no response to learn."""
+        """Return (a conversation cut to max_length tokens, its ids, whether each is a label). It loses the oldest turns,
+        then the end of its last input. Return None if the rest is too long, or if it has no response to learn."""
         while True:
             ids, is_response = encode_conversation(self.tokenizer, messages, self.template)
             excess, (user, assistant) = len(ids) - self.lora_cfg.max_length, messages[-2:]
             if not (any(is_response) and assistant["content"].strip()):
                 return None
             if excess <= 0:
-                return messages
+                return messages, ids, is_response
             if len(messages) > 2:  # if there are many turns, drop several at once
                 first = 2 * max(1, int(len(messages) / 2 * excess / len(ids) / 2))
                 systems = [m["system"] for m in messages[: first + 1] if m.get("system")]

@@ -1,5 +1,5 @@
-# Train on tiny Shakespeare, as in nanoGPT's first example, on two CPU cores, in less than four minutes. Ends at 2.061 ±
-# 0.007 bits per byte on the held-out last tenth (three seeds).
+# Train on tiny Shakespeare, as in the first example of nanoGPT, on two CPU cores, in less than four minutes. Ends at
+# 2.061 ± 0.007 bits per byte on the held-out last tenth (three seeds).
 #
 #     python prepare.py --dataset=shakespeare.txt --tokenizer=bpe:1024
 #     python train.py config/train_shakespeare.py

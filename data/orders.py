@@ -17,8 +17,8 @@ THINGS = ["desk lamps", "office chairs", "coffee mugs", "notebooks", "garden hos
           "storage boxes", "umbrellas", "water bottles", "phone cases", "bath towels", "picture frames",
           "door handles", "tool boxes", "paint brushes", "extension cords", "flower pots", "cutting boards",
           "rain jackets"]  # fmt: skip
-CITIES = ["Lyon", "Porto", "Utrecht", "Leeds", "Graz", "Turin", "Malmö", "Gdańsk", "Brno", "Cork", "Bilbao", "Leipzig",
-          "Ghent", "Tampere", "Bergen", "Zagreb", "Szeged", "Kraków", "Bern", "Aarhus"]  # fmt: skip
+CITIES = ["Lyon", "Porto", "Utrecht", "Leeds", "Graz", "Turin", "Malmö", "Gdańsk", "Brno", "Cork", "Bilbao",
+          "Leipzig", "Ghent", "Tampere", "Bergen", "Zagreb", "Szeged", "Kraków", "Bern", "Aarhus"]  # fmt: skip
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 NAMES = ["Ines", "Tomasz", "Aoife", "Luca", "Marta", "Henrik", "Sofia", "Jakub", "Clara", "Emre", "Noor", "Pavel",
          "Greta", "Andrei", "Lena", "Mateo"]  # fmt: skip

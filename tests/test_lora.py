@@ -326,7 +326,7 @@ def test_long_conversations_lose_old_turns_but_never_an_instruction_or_a_respons
     which trl reported as loss 0 (trl 6668)."""
     task = tuning([[("Say", "", "hello")]], max_length=40)
     shortened = task.shorten(talk(turns))
-    assert shortened == (kept and talk(kept))
+    assert (shortened and shortened[0]) == (kept and talk(kept))
     task = tuning([[("Say", "", "hello")], turns], max_length=40)
     assert (task.cut, task.dropped) == (2 * (kept not in (None, turns)), 2 * (kept is None))  # in both splits
     assert all(len(ids) <= 40 for ids, _ in task.train_set)
@@ -334,13 +334,13 @@ def test_long_conversations_lose_old_turns_but_never_an_instruction_or_a_respons
 
 def test_a_long_input_loses_its_end_and_a_system_message_stays(capsys):
     task = tuning([[("Say", "", "hello")]], max_length=40)
-    (user, assistant) = task.shorten(talk([("Say hi.", LONG, "hello")]))
+    (user, assistant), ids, _ = task.shorten(talk([("Say hi.", LONG, "hello")]))
     assert (user["content"], assistant["content"]) == ("Say hi.", "hello")
     assert LONG.startswith(user["input"]) and len(user["input"]) > 20
-    assert len(encode_conversation(TOKENIZER, [user, assistant], task.template)[0]) > 30
+    assert 30 < len(ids) <= 40 and ids == encode_conversation(TOKENIZER, [user, assistant], task.template)[0]
     messages = talk([("a", "", LONG), ("b", "", "c")])
     messages[0]["system"] = "Rhyme."
-    assert task.shorten(messages)[0]["system"] == "Rhyme."
+    assert task.shorten(messages)[0][0]["system"] == "Rhyme."
     with pytest.raises(UserError, match="no train record has a response within 40 tokens"):
         tuning([("Say hi.", "", LONG)], max_length=40)
 
