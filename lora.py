@@ -295,7 +295,7 @@ class InstructionTuning:
         return encoded, used
 
     def shorten(self, messages):
-        """Return (a conversation cut to max_length tokens, its ids, whether each is a label). It loses the oldest turns,
+        """Return (conversation cut to max_length tokens, its ids, whether each is a label). It loses its oldest turns,
         then the end of its last input. Return None if the rest is too long, or if it has no response to learn."""
         while True:
             ids, is_response = encode_conversation(self.tokenizer, messages, self.template)

@@ -6,7 +6,6 @@ import json
 import mmap
 import os
 import re
-import sys
 from pathlib import Path
 
 from support.settings import UserError, first_line, user_errors
@@ -139,7 +138,7 @@ def read_tables(path):
 
 
 def read_csv(path):
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(2**31 - 1)  # the largest number that Windows takes
     with open_binary(path) as f, io.TextIOWrapper(f, encoding="utf-8-sig", newline="") as text:
         reader = csv.DictReader(text, delimiter="\t" if kind_of(path) == ".tsv" else ",", strict=True)
         try:
