@@ -216,9 +216,8 @@ def open_records(cfg, seed):
         count = f"{len(refused):,} of {len(refused) + len(conversations):,} records cannot be read"
         reason = f"{count}, the first: {refused[0]}" if refused else "needs at least two records, to hold one out"
         raise UserError(f"--data={cfg.data}: {reason}")
-    if notes := +notes:
-        counts = ", ".join(f"{what} ({count:,} times)" for what, count in notes.most_common())
-        print(f"{cfg.data}: not read: {counts}")
+    counts = ", ".join(f"{what} ({count:,} times)" for what, count in (+notes).most_common())
+    print(f"{cfg.data}: not read: {counts or 'nothing'}")
     fraction = max(cfg.val_fraction, min(0.5, 8 / max(1, len(conversations))))
     for messages in conversations:
         split[is_held_out(json.dumps(messages), fraction)].append(messages)
