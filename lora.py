@@ -35,7 +35,7 @@ from prepare import CORPORA, is_held_out
 from support.adapters import check_base, read_adapter_config, read_adapter_weights, read_instruct, read_tensors
 from support.conversations import encode_conversation, end_of_response, read_messages
 from support.devices import pick_dtype, runtime_errors
-from support.documents import ROWS, kind_of, names_split, print_left_out, read_rows, source_files
+from support.documents import ROWS, open_splits, read_rows
 from support.files import latest_intact_dir
 from support.hub import RECORDS_ON_THE_HUB, hub_directory, load_dataset_from_hub
 from support.log import finite, read_log
@@ -188,41 +188,37 @@ def open_records(cfg, seed):
         corpus = importlib.import_module(CORPORA[cfg.data])
         held_out = corpus.records(seed, cfg.num_checked, held_out=True)
         return list(corpus.records(seed, cfg.max_records or 12_000)), list(held_out)
-    path = Path(cfg.data)
-    if path.exists():
-        files, left_out = source_files(path)
-        left_out |= {file: "texts, not records" for file in files if kind_of(file) not in ROWS}
-        left_out |= {file: "a test split" for file in files if names_split("test", file, path)}
-        print_left_out(path, left_out)
-        files = [file for file in files if file not in left_out]
-        rows = ((f"{file.name}, {place}", row) for file in files for place, row in read_rows(file))
-    elif kind_of(path):
-        raise UserError(f"--data={cfg.data}: no such file")
+    if (path := Path(cfg.data)).exists():
+        splits = open_splits(path, ROWS)
+        rows = {name: ((f"{file.name}, {place}", row) for file in files for place, row in read_rows(file))
+                for name, files in splits.items()}  # fmt: skip
     else:
         splits = load_dataset_from_hub(RECORDS_ON_THE_HUB.get(cfg.data, cfg.data), "data")
-        train = "train" if "train" in splits else next(iter(splits))
-        if others := sorted(splits.keys() - {train}):
-            print(f"{cfg.data}: left out the splits {', '.join(others)}")
-        rows = ((f"row {i}", row) for i, row in enumerate(splits[train], 1))
-    conversations, split, refused, notes = [], ([], []), [], Counter()
-    for place, row in itertools.islice(rows, cfg.max_records or None):
-        try:
-            if isinstance(row, Exception):
-                raise row
-            conversations.append(read_messages(row, notes))
-        except (UserError, ValueError) as e:
-            refused.append(f"{place}: {e}")
-    if refused or len(conversations) < 2:  # one of them is held out
-        count = f"{len(refused):,} of {len(refused) + len(conversations):,} records cannot be read"
-        reason = f"{count}, the first: {refused[0]}" if refused else "needs at least two records, to hold one out"
+        rows = {name: ((f"row {i}", row) for i, row in enumerate(split, 1)) for name, split in splits.items()}
+    conversations, refused, notes = {name: [] for name in splits}, [], Counter()
+    for name in splits:
+        for place, row in itertools.islice(rows[name], cfg.max_records or None):
+            try:
+                if isinstance(row, Exception):
+                    raise row
+                conversations[name].append(read_messages(row, notes))
+            except (UserError, ValueError) as e:
+                refused.append(f"{place}: {e}")
+    count = sum(map(len, conversations.values()))
+    if refused or count < 2:  # one of them is held out
+        counts = f"{len(refused):,} of {len(refused) + count:,} records cannot be read"
+        reason = f"{counts}, the first: {refused[0]}" if refused else "needs at least two records, to hold one out"
         raise UserError(f"--data={cfg.data}: {reason}")
     counts = ", ".join(f"{what} ({count:,} times)" for what, count in (+notes).most_common())
     print(f"{cfg.data}: not read: {counts or 'nothing'}")
-    fraction = max(cfg.val_fraction, min(0.5, 8 / max(1, len(conversations))))
-    for messages in conversations:
+    if "val" in splits:
+        print(f"{cfg.data}: held out: its validation split, whatever val_fraction is")
+        return conversations["train"], conversations["val"]
+    split, fraction = ([], []), max(cfg.val_fraction, min(0.5, 8 / count))
+    for messages in conversations["train"]:
         split[is_held_out(json.dumps(messages), fraction)].append(messages)
     larger, smaller = sorted(split, key=len, reverse=True)
-    if len(larger) > 1 and not smaller:  # chance can put two or three records into one split
+    if not smaller:  # chance can put two or three records into one split
         smaller.append(larger.pop())
     return split
 
@@ -469,7 +465,7 @@ def fill_in(task, before):
 
 def print_plan(task):
     """Print what will be trained, and for how long."""
-    cfg, (trainable, total) = task.cfg, count_parameters(task.model)
+    cfg, trainable = task.cfg, sum(p.numel() for p in task.model.parameters() if p.requires_grad)
     per_step = cfg.gradient_accumulation_steps * task.rows_per_batch / len(task.train_rows)  # share of an epoch
     tokens = sum(lengths_of(task.train_set)) * per_step
     padding = 1 - tokens / cfg.gradient_accumulation_steps / task.rows_per_batch / task.row_length
@@ -478,64 +474,57 @@ def print_plan(task):
           f"{len(task.train_rows):,} rows of {task.row_length}, {padding:.1%} padding")  # fmt: skip
     if task.changed:
         print(f"{task.changed.total():,} texts change when they are encoded and decoded, such as {min(task.changed)!r}")
-    print(f"training {trainable:,} of {total:,} parameters: {cfg.max_iters:,} steps of {tokens:,.0f} tokens, "
-          f"{cfg.max_iters * per_step:.1f} epochs; learning rate {cfg.learning_rate:.2g}, "
+    print(f"training {trainable:,} of {task.model.num_params():,} parameters: {cfg.max_iters:,} steps of "
+          f"{tokens:,.0f} tokens, {cfg.max_iters * per_step:.1f} epochs; learning rate {cfg.learning_rate:.2g}, "
           f"{warmup_steps(cfg):,.0f} steps of warmup")  # fmt: skip
     if (rows := task.rows_per_batch * cfg.gradient_accumulation_steps) < get_world_size():
         print(f"warning: a step has {rows} rows, fewer than there are processes: some stay idle")
 
 
 def measure(task, num_checked=None):
-    """Return (figures by name, answers) for the report. num_checked: maximum number of answers to check; None: all."""
-    lora_cfg, records = task.lora_cfg, task.val_records
+    """Return (shares by name, answers) for the report. num_checked: maximum number of answers to check; None: all."""
+    lora_cfg, checked, outcomes = task.lora_cfg, task.val_records[:num_checked], {}
     task.model.eval()
-    checked, outcomes = records[:num_checked], {"exact match": []}
     limits = [2 * len(task.tokenizer.encode(messages[-1]["content"])) + 20 for messages in checked]
     for messages, answer in zip(checked, task.answers(checked, limits, temperature=0), strict=True):
         words, wanted_words = (text.casefold().split() for text in (answer, messages[-1]["content"]))
-        outcomes["exact match"].append(words == wanted_words)
+        outcomes.setdefault("exact match", []).append(words == wanted_words)
         if lora_cfg.data in CORPORA:
             turn = messages[-2]["turn"]
             follows = importlib.import_module(CORPORA[lora_cfg.data]).follows(turn, answer)
             for name in ("followed: all", f"followed: {turn['task']}"):
                 outcomes.setdefault(name, []).append(follows)
-    results = {name: sum(values) / len(values) for name, values in sorted(outcomes.items()) if values}
-    shown = records[: lora_cfg.num_samples]
+    shares = {name: sum(values) / len(values) for name, values in sorted(outcomes.items())}
+    shown = task.val_records[: lora_cfg.num_samples]
     limits = [task.cfg.sample_tokens] * len(shown)
     answers = task.answers(shown, limits, top_k=lora_cfg.top_k, seed=task.cfg.seed)
     task.model.train()
-    return results, answers
+    return shares, answers
 
 
 def report(task, state, after):
-    """Print the comparison of before and after, and append it to samples.txt."""
-    (results_before, answers_before), (results_after, answers_after) = state.before, after
-    log = read_log(Path(task.cfg.out_dir) / "log.jsonl")
-    losses = [(entry["val_loss"] or math.nan, entry["step"]) for entry in log if entry.get("event") == "eval"] or [
-        (math.nan, 0)
-    ]
+    """Print the comparison of before and after, and append it to samples.txt and log.jsonl."""
+    (shares_before, answers_before), (shares_after, answers_after) = state.before, after
+    out_dir, lines = Path(task.cfg.out_dir), []
+    evals = [entry for entry in read_log(out_dir / "log.jsonl") if entry.get("event") == "eval"]
+    losses = [(entry["val_loss"] or math.nan, entry["step"]) for entry in evals] or [(math.nan, state.step)]
     (first, _), (best, best_step), (last, last_step) = losses[0], min(losses), losses[-1]
-    for results, loss in ((results_before, first), (results_after, state.best_val_loss)):
-        results |= {"response loss": loss, "response perplexity": math.exp(min(loss, 99))}
-    lines = []
+    for shares, loss in ((shares_before, first), (shares_after, state.best_val_loss)):
+        shares |= {"response loss": loss, "response perplexity": math.exp(min(loss, 99))}
     for messages, was, now in zip(task.val_records, answers_before, answers_after, strict=False):
         user, assistant = messages[-2:]
         lines += [f"instruction: {user['content']}", *([f"input: {user['input']}"] if user["input"] else [])]
         lines += [f"wanted: {assistant['content']}", f"before: {was}", f"after: {now}", ""]
-    trainable, total = count_parameters(task.model)
-    lines.append(f"trained: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
-    for name, value in results_before.items():
-        if name in results_after:  # a resumed run may measure other figures
-            lines.append(f"{name}: {value:.4f} before, {results_after[name]:.4f} after")
+    for name in (name for name in shares_before if name in shares_after):  # a resumed run may measure others
+        lines.append(f"{name}: {shares_before[name]:.4f} before, {shares_after[name]:.4f} after")
     if last > 1.01 * best:
         lines.append(f"overfitting: the response loss rose from {best:.4f} at step {best_step} (reported above) to "
                      f"{last:.4f} at step {last_step}: use fewer epochs or a lower learning rate")  # fmt: skip
-    text = "\n".join(lines)
-    print("\n" + text)
-    with open(Path(task.cfg.out_dir) / "samples.txt", "a", encoding="utf-8") as f:
-        f.write("--- before and after, of the best checkpoint\n" + text + "\n")
-    entry = {"event": "report", "step": state.step, "before": results_before, "after": results_after}
-    with open(Path(task.cfg.out_dir) / "log.jsonl", "a", encoding="utf-8") as f:
+    print(text := "\n".join(["", *lines]))
+    with open(out_dir / "samples.txt", "a", encoding="utf-8") as f:
+        f.write(f"--- before and after, of the best checkpoint{text}\n")
+    entry = {"event": "report", "step": state.step, "before": shares_before, "after": shares_after}
+    with open(out_dir / "log.jsonl", "a", encoding="utf-8") as f:
         f.write(json.dumps(finite(entry)) + "\n")
 
 
@@ -548,11 +537,6 @@ def save_merged(task, base, best):
         task.model = open_model(best, "cpu")
     task.base_fingerprint = None
     write_checkpoint(Path(task.cfg.out_dir) / "merged", task.save_model, task.model.state_dict())
-
-
-def count_parameters(model):
-    """Return (number of trained parameters, number of all parameters)."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad), model.num_params()
 
 
 # ---- adapters on disk, in PEFT's format ------------------------------------------------------------------------------

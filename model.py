@@ -442,7 +442,7 @@ class Gemma(nn.Module):
         tokens, forward = prompt[:, :shortest], self
         for position in range(shortest, longest):
             logits = forward(tokens, cache=cache)[:, -1].float()  # (B, V)
-            if logits.isnan().any():
+            if logits.amax().isnan():
                 raise FloatingPointError("the model's logits are NaN: its weights are damaged or too large")
             token = sample_token(logits, generator=generator, **sampling)
             if torch.distributed.is_initialized():  # processes with different tokens would wait for each other forever

@@ -5,13 +5,13 @@ Turn text into tokens on disk: data/<name>/ with train.bin, val.bin, tokenizer.j
     python prepare.py --dataset=fables                            # the bundled corpus, no network
     python prepare.py --dataset=stories.txt --tokenizer=bpe:4096  # a file or folder of .txt .jsonl .csv .parquet ...
 
-If interrupted, run it again: it continues after the text that is already tokenized.
-
-The .bin files are flat arrays of token ids, with an end-of-text token after each document.
+If interrupted, run it again: it continues after the text that is already tokenized. The .bin files are flat arrays of
+token ids, with an end-of-text token after each document.
 """
 
 import hashlib
 import importlib
+import io
 import itertools
 import json
 import math
@@ -19,10 +19,9 @@ import os
 import re
 import shlex
 import shutil
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -31,20 +30,10 @@ import tiktoken
 from tqdm import tqdm
 
 from support.datasets import fingerprint, output_directory
-from support.documents import (
-    ROWS,
-    TEXTS,
-    check_bad_rows,
-    column,
-    kind_of,
-    names_split,
-    print_left_out,
-    read_files,
-    source_files,
-)
-from support.files import atomic_replace_dir, fsync, lock_folder
+from support.documents import check_bad_rows, column, open_splits, read_files, source_files
+from support.files import atomic_replace_dir, lock_folder, write_atomically
 from support.hub import TEXTS_ON_THE_HUB, hub_directory, load_dataset_from_hub
-from support.settings import NO_LIMIT, UserError, check_range, run, user_errors
+from support.settings import UserError, check_range, run, user_errors
 from support.tokenizer import GPT2_PATTERN, Tokenizer, spec_of_tiktoken, train_bpe
 
 
@@ -67,7 +56,6 @@ class PrepareConfig:
     def __post_init__(self):
         check_range(self, 0, 0.999, "val_fraction")
         check_range(self, 0, 1, "max_bad_rows")
-        check_range(self, 0, NO_LIMIT, "max_documents")
         self.separator = self.separator.replace(r"\n", "\n").replace(r"\t", "\t")
         if not self.separator or not self.dataset:
             raise ValueError(f"{'separator' if self.dataset else 'dataset'} is empty")
@@ -76,32 +64,27 @@ class PrepareConfig:
 def main(cfg):
     corpus = open_corpus(cfg)
     out = output_directory(cfg.dataset, cfg.name, corpus.source)
-    with lock_folder(out):
-        meta, example = prepare(cfg, corpus, out)
-    report(out, meta, corpus, example)
-
-
-def prepare(cfg, corpus, out):
-    """Write the dataset to the folder `out`. Return the content of meta.json, and an example of a text that the
-    tokenizer changes ("" if there is none)."""
     part = out.with_name(out.name + ".part")  # no script reads this name, so no script reads half a dataset
-    tokenizer = start_or_resume(part, cfg, corpus)
-    shards = tokenize(corpus, tokenizer, part)
-    for source, note in corpus.notes.items():  # max_documents can stop column() before its final check
-        check_bad_rows(source, note, cfg.max_bad_rows)
-    meta = {
-        "source": corpus.source, "tokenizer": cfg.tokenizer or corpus.tokenizer, "vocab_size": tokenizer.vocab_size,
-        "dtype": tokenizer.dtype.name, **{split: join_shards(shards, split, tokenizer) for split in ("train", "val")},
-    }  # fmt: skip
-    bits = math.fsum(np.load(shard)["bits"] for shard in shards)
-    example = next((text for shard in shards if (text := str(np.load(shard)["example"]))), "")
-    meta["floor_bits_per_byte"] = bits / meta["val"]["bytes"] if corpus.bits else None
-    meta["fingerprint"] = fingerprint(part, tokenizer)
-    (part / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-    for file in (*part.glob("shard-*"), part / "task.json"):
-        file.unlink()
-    atomic_replace_dir(part, out)
-    return meta, example
+    with lock_folder(out):
+        tokenizer = start_or_resume(part, cfg, corpus)
+        shards = tokenize(corpus, tokenizer, part)
+        for source, note in corpus.notes.items():  # max_documents can stop column() before its final check
+            check_bad_rows(source, note, cfg.max_bad_rows)
+        figures = [json.loads(str(np.load(shard)["figures"])) for shard in shards]
+        meta = {"source": corpus.source, "tokenizer": cfg.tokenizer or corpus.tokenizer}
+        meta |= {"vocab_size": tokenizer.vocab_size, "dtype": tokenizer.dtype.name}
+        for split in ("train", "val"):
+            with open(part / f"{split}.bin", "wb") as f:
+                f.writelines(np.load(shard)[split].tobytes() for shard in shards)
+            meta[split] = {key: sum(found[split][key] for found in figures) for key in figures[0][split]}
+        bits = math.fsum(found["bits"] for found in figures)
+        meta["floor_bits_per_byte"] = bits / meta["val"]["bytes"] if corpus.bits else None
+        meta["fingerprint"] = fingerprint(part, tokenizer)
+        (part / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        for file in (*part.glob("shard-*"), part / "task.json"):
+            file.unlink()
+        atomic_replace_dir(part, out)
+    report(out, meta, corpus.notes, next((found["example"] for found in figures if found["example"]), ""))
 
 
 @dataclass
@@ -110,11 +93,11 @@ class Corpus:
 
     source: str  # for meta.json: the name of a bundled corpus, an absolute path, or a Hub id and subset
     splits: dict[str, Callable]  # "train", perhaps "val": each call returns a new iterator over the texts
+    notes: dict  # {file: counts of rows that were left out}, from column()
     tokenizer: str = "gpt2"  # unless --tokenizer names another
     bits: Callable | None = None  # text -> -log2 of its probability, if the corpus knows it
     max_documents: int | None = None  # limit for each split
     val_fraction: float = 0.0  # share of the training documents to hold out
-    notes: dict = field(default_factory=dict)  # {file: counts of rows that were left out}, from column()
 
     def documents(self):
         """Yield the documents in order, as (split, text)."""
@@ -126,7 +109,7 @@ class Corpus:
 def start_or_resume(part, cfg, corpus):
     """Return the tokenizer in the folder `part`. Create it, unless an interrupted run of the same task left one."""
     files = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in source_files(Path(cfg.dataset))[0]]
-    task = json.dumps(asdict(cfg) | {"source": corpus.source, "files": files, "shard": SHARD_CHARS})
+    task = json.dumps(asdict(cfg) | {"source": corpus.source, "files": files, "shards": SHARD_CHARS})
     shards = list(part.glob("shard-*.npz"))
     if shards and (part / "task.json").read_text() == task:
         print(f"{part}: continuing after {len(shards)} shards")
@@ -142,7 +125,7 @@ def start_or_resume(part, cfg, corpus):
 
 def tokenize(corpus, tokenizer, part):
     """Encode the documents in threads. Return the files of the shards, in order. Existing shards are kept."""
-    shards, pending = [], deque()
+    shards, pending = [], []
     documents = tqdm(corpus.documents(), "tokenizing", unit=" documents", mininterval=1, disable=None)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for batch in batches(documents):
@@ -150,7 +133,7 @@ def tokenize(corpus, tokenizer, part):
             if not shards[-1].exists():
                 pending.append(pool.submit(encode_shard, shards[-1], batch, tokenizer, corpus.bits))
             if len(pending) > 2 * os.cpu_count():  # limits the texts in memory
-                pending.popleft().result()
+                pending.pop(0).result()
     for shard in pending:
         shard.result()  # raises its thread's exception
     return shards
@@ -174,47 +157,28 @@ def batches(documents):
 
 
 def encode_shard(path, documents, tokenizer, bits):
-    """Write the tokens of [(split, text), ...], and the bits of the validation texts, to a file, which appears when it
-    is complete. tiktoken releases the GIL, so threads are enough."""
-    arrays = {"example": ""}
+    """Write the tokens and figures of [(split, text), ...] to a file, which appears when it is complete. tiktoken
+    releases the GIL, so threads are enough."""
+    arrays, figures, content = {}, {"example": ""}, io.BytesIO()  # example: a text that the tokenizer changes
+    is_lossless = tokenizer.bpe and tokenizer.bpe._pat_str == GPT2_PATTERN
     for name in ("train", "val"):
-        texts = [text for split, text in documents if split == name]
+        texts = decoded = [text for split, text in documents if split == name]
         arrays[name] = tokens = tokenizer.encode_documents(texts).astype(tokenizer.dtype)
-        decoded = texts
-        is_lossless = tokenizer.bpe and tokenizer.bpe._pat_str == GPT2_PATTERN
         if not is_lossless:  # others may drop characters: count the bytes of the decoded text
             decoded = [tokenizer.decode(ids) for ids in np.split(tokens, np.flatnonzero(tokens == tokenizer.eot))[:-1]]
         changed = [(text, read) for text, read in zip(texts, decoded, strict=True) if text != read]
-        arrays[f"{name}_changed"] = len(changed)
-        arrays[f"{name}_bytes"] = sum(len(text.encode()) for text in decoded)
+        figures[name] = {"tokens": len(tokens), "documents": len(texts)}
+        figures[name] |= {"bytes": sum(len(text.encode()) for text in decoded), "changed": len(changed)}
         for text, read in changed[:1]:
-            same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, read, strict=False))
-            at = max(0, len(list(same)) - 10)
-            arrays["example"] = f"{text[at : at + 30]!r} becomes {read[at : at + 30]!r}"
-    arrays["bits"] = math.fsum(bits(text) for split, text in documents if split == "val") if bits else 0.0
-    new = path.with_suffix(".new")
-    with open(new, "wb") as f:
-        np.savez(f, **arrays)
-    fsync(new)
-    os.replace(new, path)
+            num_equal = sum(itertools.takewhile(bool, map(str.__eq__, text, read)))
+            at = max(0, num_equal - 10)
+            figures["example"] = f"{text[at : at + 30]!r} becomes {read[at : at + 30]!r}"
+    figures["bits"] = math.fsum(bits(text) for split, text in documents if split == "val") if bits else 0.0
+    np.savez(content, **arrays, figures=json.dumps(figures))
+    write_atomically(path, content.getvalue())
 
 
-def join_shards(shards, split, tokenizer):
-    """Write the split's .bin from the shards. Return its counts."""
-    counts = {"tokens": 0, "documents": 0, "bytes": 0, "changed": 0}
-    with open(shards[0].with_name(f"{split}.bin"), "wb") as f:
-        for shard in shards:
-            with np.load(shard) as arrays:
-                tokens = arrays[split]
-                counts["bytes"] += int(arrays[f"{split}_bytes"])
-                counts["changed"] += int(arrays[f"{split}_changed"])
-            f.write(tokens.tobytes())
-            counts["tokens"] += len(tokens)
-            counts["documents"] += int((tokens == tokenizer.eot).sum())
-    return counts
-
-
-def report(out, meta, corpus, example):
+def report(out, meta, notes, example):
     """Print the size of the dataset, and how many rows were left out or changed. example: a change by the tokenizer."""
     print(f"\n{out}: {meta['tokenizer']} with {meta['vocab_size']:,} tokens, stored as {meta['dtype']}")
     for name in ("train", "val"):
@@ -223,13 +187,12 @@ def report(out, meta, corpus, example):
               f"{c['bytes'] / c['tokens']:.3f} bytes per token")  # fmt: skip
     if meta["floor_bits_per_byte"] is not None:
         print(f"entropy floor of the validation split: {meta['floor_bits_per_byte']:.4f} bits per byte")
-    for source, note in corpus.notes.items():
+    for source, note in notes.items():
         if note["unreadable"]:
             print(f"{source}: left out {note['unreadable']:,} of {note['rows']:,} rows, the first: {note['first']}")
         elif not note["rows"]:
             print(f"{source}: no text in it")
-    keys = ("unreadable", "empty", "repaired", "line_ends")
-    n = {key: sum(note.get(key, 0) for note in corpus.notes.values()) for key in keys}
+    n = {key: sum(note[key] for note in notes.values()) for key in ("unreadable", "empty", "repaired", "line_ends")}
     changed = meta["train"]["changed"] + meta["val"]["changed"]
     print(f"rows left out: {n['unreadable']:,} without a text, {n['empty']:,} empty; texts changed: {n['repaired']:,} "
           f"with an unpaired surrogate, {n['line_ends']:,} with Windows line ends, {changed:,} by the tokenizer"
@@ -273,19 +236,21 @@ def open_corpus(cfg):
     if cfg.dataset in CORPORA:
         module = importlib.import_module(CORPORA[cfg.dataset])
         texts = partial(module.documents, cfg.seed, cfg.max_documents)
-        corpus = Corpus(cfg.dataset, {"train": texts}, module.TOKENIZER, module.bits)
+        corpus = Corpus(cfg.dataset, {"train": texts}, notes, module.TOKENIZER, module.bits)
     elif os.path.exists(path):
-        corpus = Corpus(str(path.resolve()), open_files(path, cfg, notes), notes=notes)
-    elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", hub_name) and not kind_of(path):
-        corpus = Corpus(f"{hub_name} {cfg.subset}".strip(), open_hub(hub_name, cfg, notes), notes=notes)
+        how = cfg.separator, cfg.text_column, cfg.max_bad_rows, notes
+        splits = {name: partial(read_files, files, *how) for name, files in open_splits(path).items()}
+        corpus = Corpus(str(path.resolve()), splits, notes)
     else:
-        raise UserError(f"--dataset={cfg.dataset!r}: no such file or folder, and not the name of a dataset")
+        corpus = Corpus(f"{hub_name} {cfg.subset}".strip(), open_hub(hub_name, cfg, notes), notes)
     corpus.max_documents = cfg.max_documents or None
     for split, texts in corpus.splits.items():
         if not any(map(str.strip, texts())):
             raise UserError(f"--dataset={cfg.dataset}: no text in it (for the {split} split)")
     if "val" not in corpus.splits:
         hold_out(corpus, cfg)
+    elif cfg.val_fraction is not None:
+        raise UserError(f"--val_fraction={cfg.val_fraction}: {path} already has a validation split: remove the flag")
     return corpus
 
 
@@ -344,39 +309,15 @@ def split_text(text, cfg):
     return {"train": pieces[:first].__iter__, "val": pieces[first:].__iter__}
 
 
-def open_files(path, cfg, notes=None):
-    """Return the splits of a file, or of the files in a folder. Print which files are left out."""
-    files, left_out = source_files(path)
-    held_out = [f for f in files if names_split("val|valid|validation|dev", f, path)]
-    if held_out and cfg.val_fraction is not None:
-        raise UserError(
-            f"val_fraction={cfg.val_fraction}: {path} already has a validation split: remove --val_fraction"
-        )
-    left_out |= {f: "a test split" for f in files if names_split("test", f, path)}
-    files = [f for f in files if f not in left_out]
-    print_left_out(path, left_out)
-    if not files:
-        raise UserError(f"{path}: no {', '.join(TEXTS + ROWS)} file here, plain or .gz, .bz2, .zst")
-    splits = {"train": files}
-    if held_out and len(held_out) < len(files):
-        splits = {"train": [f for f in files if f not in held_out], "val": held_out}
-    how = cfg.separator, cfg.text_column, cfg.max_bad_rows, notes
-    return {name: partial(read_files, fs, *how) for name, fs in splits.items()}
-
-
 def open_hub(name, cfg, notes=None):
     """Return the splits of a dataset on the Hub."""
     splits = load_dataset_from_hub(name, "dataset", cfg.subset, cfg.streaming)
-    train = "train" if "train" in splits else next(iter(splits))
-    found = {"train": train} | ({"val": "validation"} if "validation" in splits and train != "validation" else {})
-    if others := sorted(splits.keys() - found.values()):
-        print(f"{name}: left out the splits {', '.join(others)}")
 
     def texts(split):
         numbered = ((f"row {i}", row) for i, row in enumerate(splits[split], 1))
         return column(numbered, cfg.text_column, f"{name}, {split}", cfg.max_bad_rows, notes)
 
-    return {name: partial(texts, split) for name, split in found.items()}
+    return {split: partial(texts, split) for split in splits}
 
 
 if __name__ == "__main__":

@@ -4,14 +4,12 @@ Sample from a model, answer instructions, chat, or export it for llama.cpp.
     python sample.py --start="Once upon"                  # the newest best checkpoint under out/
     python sample.py --out_dir=out/fables --num_samples=4
     python sample.py --model=google/gemma-3-270m-it --instruct="Name three birds."   # any Gemma 3, here or on the Hub
-    python sample.py --start=FILE:prompt.txt
     python sample.py --interactive=True                   # continues every line that you type
     python sample.py --adapter=out/lora-fables/best --instruct="What is the lesson of this fable?" --input="Once ..."
     python sample.py --adapter=out/lora-fables/best --interactive=True   # a conversation
     python sample.py --out_dir=out/fables --export_gguf=fables.gguf      # a file for llama.cpp and Ollama
 """
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,16 +60,15 @@ class SampleConfig:
         check_range(self, 1e-6, 1, "top_p")
         if self.gguf_type not in ("f32", "bf16", "f16", "q8_0"):
             raise ValueError(f"gguf_type={self.gguf_type!r} must be f32, bf16, f16 or q8_0")
-        if self.export_gguf and not (folder := Path(self.export_gguf).parent).is_dir():
-            raise ValueError(f"export_gguf={self.export_gguf}: no folder {folder}")
-        if self.export_gguf and os.path.isdir(self.export_gguf):
-            raise ValueError(f"export_gguf={self.export_gguf} is a folder: name a file")
+        path = Path(self.export_gguf)
+        if self.export_gguf and (path.is_dir() or not path.parent.is_dir()):
+            raise ValueError(f"export_gguf={path} must name a file, in a folder that exists")
         if self.compare and not (self.adapter and self.instruct):
             raise ValueError("compare needs an adapter and an instruction: --adapter and --instruct")
         if self.input and not self.instruct:
             raise ValueError("input needs an instruction: add --instruct")
-        exclusive = ("export_gguf", "interactive", "instruct", "start"), ("model", "out_dir"), ("adapter", "out_dir")
-        for keys in exclusive:
+        modes = "export_gguf", "interactive", "instruct", "start"
+        for keys in modes, ("model", "out_dir"), ("adapter", "out_dir"):
             if len(given := [key for key in keys if getattr(self, key)]) > 1:
                 raise ValueError(f"{' and '.join(given)} cannot be combined: give one of them")
 
@@ -165,20 +162,17 @@ class Writer:
         return self.write("", ids, [*self.stops, end_of_response(self.tokenizer, self.template)])
 
     def write(self, text, ids, stops):
-        """Print `text` and the continuation of prompt `ids`; stream a single sample. Return the first sample."""
+        """Print `text` and the continuations of prompt `ids`; stream the first. Return the first sample."""
         cfg, limit = self.cfg, self.model.config.max_position_embeddings
         if len(ids) >= limit:
-            raise UserError(
-                f"the prompt's {len(ids)} tokens leave no room in the model's {limit} positions: shorten it"
-            )
+            raise UserError(f"the prompt's {len(ids)} tokens fill the model's {limit} positions: shorten it")
         started, printed = time.perf_counter(), 0
         sampling = {key: getattr(cfg, key) for key in ("temperature", "top_k", "top_p", "seed")}
         for made in self.model.generate_batch([ids] * cfg.num_samples, cfg.max_new_tokens, stops, **sampling):
-            if cfg.num_samples == 1:
-                shown = (text + self.tokenizer.decode(made[0])).lstrip()
-                if not shown.endswith("\ufffd"):  # wait for the rest of a character
-                    print(shown[printed:], end="", flush=True)
-                    printed = len(shown)
+            shown = (text + self.tokenizer.decode(made[0])).lstrip()
+            if not shown.endswith("\ufffd"):  # wait for the rest of a character
+                print(shown[printed:], end="", flush=True)
+                printed = len(shown)
         seconds, count = time.perf_counter() - started, sum(map(len, made))
         texts = [(text + self.tokenizer.decode(ids)).lstrip() for ids in made]
         print("\n\n---\n\n".join(texts)[printed:], end="")

@@ -29,28 +29,23 @@ def read_adapter_config(path):
         del config["alpha_pattern"]  # it repeats lora_alpha
     for key in config.keys() - ADAPTER_FIELDS.keys() - OTHER_FIELDS:
         if config[key] and config[key] not in PLAIN.get(key, []):
-            fix = "merge it with PEFT's merge_and_unload() and use the merged model"
-            raise ValueError(
-                f"adapter_config.json: {key}={config[key]!r} is not plain LoRA, the only kind that can be read; {fix}"
-            )
+            reason = f"{key}={config[key]!r} is not plain LoRA, the only kind that can be read"
+            raise ValueError(f"adapter_config.json: {reason}; {MERGE}")
     return config
 
 
 def read_adapter_weights(path):
     """Return {our name: tensor} of an adapter. Skip weights of the image encoder, and print how many."""
-    weights, images = {}, 0
-    for name, weight in read_tensors(path / "adapter_model.safetensors").items():
-        if "vision_tower." in name or "multi_modal_projector." in name:
-            images += 1
-        elif not name.endswith((".lora_A.weight", ".lora_B.weight")):
-            raise ValueError(f"adapter_model.safetensors: {name} belongs to no LoRA of a linear layer; {MERGE}")
-        else:  # the text part of a multimodal model has a prefix
-            weights[name.removeprefix("base_model.model.").replace("language_model.", "", 1)] = weight
-    if images:
+    tensors = read_tensors(path / "adapter_model.safetensors")
+    names = [name for name in tensors if "vision_tower." not in name and "multi_modal_projector." not in name]
+    if others := [name for name in names if not name.endswith((".lora_A.weight", ".lora_B.weight"))]:
+        raise ValueError(f"adapter_model.safetensors: {others[0]} belongs to no LoRA of a linear layer; {MERGE}")
+    if images := len(tensors) - len(names):
         print(f"{path}: left out {images} weights of the image encoder: only the text part is read")
-    if not weights:
+    if not names:
         raise ValueError("adapter_model.safetensors has no weights of the text part")
-    return weights
+    # the text part of a multimodal model has a prefix
+    return {n.removeprefix("base_model.model.").replace("language_model.", "", 1): tensors[n] for n in names}
 
 
 def read_tensors(file):
@@ -69,6 +64,5 @@ def check_base(adapter, base):
     """Raise UserError if the weights in the directory `base` are not the ones that the adapter was tuned on."""
     expected = read_instruct(adapter).get("base_fingerprint")  # PEFT's own adapters have none
     if expected and expected != weights_fingerprint(base):
-        raise UserError(
-            f"{adapter} was tuned on other weights than {base} has now: name the original by --model, or tune again"
-        )
+        raise UserError(f"{adapter} was tuned on other weights than {base} has now: name the original by --model, or "
+                        "tune again")  # fmt: skip

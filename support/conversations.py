@@ -4,30 +4,29 @@ A conversation is a list of messages: dicts with "role" ("user" or "assistant") 
 an "input", the text that its content is about, and a "system" message before it. An assistant's message with "learn":
 False is context only. docs/records.md lists the formats that are read or refused."""
 
-import itertools
+import functools
+import json
 import re
 from collections import Counter
+from datetime import datetime
 
-from support.settings import UserError
-from support.templates import render
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from support.settings import UserError, user_errors
 
 # our name for a column: its names in records
-COLUMNS = {
-    "messages": ("messages", "conversations", "conversation"), "instruction": ("instruction", "prompt", "question"),
-    "input": ("input", "context"), "response": ("output", "response", "completion", "answer"),
-    "system": ("system", "system_prompt"), "history": ("history",),
-}  # fmt: skip
+COLUMNS = {"messages": ("messages", "conversations", "conversation"),
+           "instruction": ("instruction", "prompt", "question"), "input": ("input", "context"),
+           "response": ("output", "response", "completion", "answer"), "system": ("system", "system_prompt"),
+           "history": ("history",)}  # fmt: skip
 FIELDS = {"role": ("role", "from"), "content": ("content", "value"), "weight": ("weight",), "train": ("train",)}
-ROLES = {
-    "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
-    "bot": "assistant", "system": "system", "developer": "system",
-}  # fmt: skip
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
+         "bot": "assistant", "system": "system", "developer": "system"}  # fmt: skip
 # columns of a record and fields of a message that change what should be learned: refused unless empty
-REFUSED = {
-    "chosen", "rejected", "label", "labels", "completions", "kto_tag", "tools", "functions", "tool_calls",
-    "tool_call_id", "function_call", "reasoning_content", "thinking", "image", "images", "audio", "audios", "video",
-    "videos",
-}  # fmt: skip
+REFUSED = {"chosen", "rejected", "label", "labels", "completions", "kto_tag", "tools", "functions", "tool_calls",
+           "tool_call_id", "function_call", "reasoning_content", "thinking", "image", "images", "audio", "audios",
+           "video", "videos"}  # fmt: skip
 
 
 def read_messages(record, notes=None):
@@ -40,27 +39,27 @@ def read_messages(record, notes=None):
         notes.update(f"column {key!r}" for key in ("instruction", "input", "response", "history") if found[key])
         return read_turns(found["messages"], found["system"], notes)
     instruction, response = found["instruction"], found["response"]
-    if instruction is None and response is None:
+    if record.keys().isdisjoint(COLUMNS["instruction"] + COLUMNS["response"]):
         known = ", ".join("/".join(names) for names in COLUMNS.values())
         raise UserError(f"it has {', '.join(record)}; known are {known}. For texts use prepare.py and train.py")
     if isinstance(instruction, list) or isinstance(response, list):  # as in TRL, where only the completion is learned
         asked = instruction if isinstance(instruction, list) else [{"role": "user", "content": instruction}]
         answers = response if isinstance(response, list) else [{"role": "assistant", "content": response}]
-        context = [message | {"weight": 0} for message in asked if isinstance(message, dict)]
-        if len(context) < len(asked) or not all(isinstance(message, dict) for message in answers):
+        if not all(isinstance(message, dict) for message in [*asked, *answers]):
             raise UserError("it has a list, but not of messages: if it lists several answers, make a record of each")
         notes.update(f"column {key!r}" for key in ("input", "history") if found[key])
-        return read_turns([*context, *answers], found["system"], notes)
-    texts = [as_text(found[key], key, notes) for key in ("instruction", "input", "response", "system")]
-    history = found["history"] or []
-    is_list = isinstance(history, list)
-    if not is_list or not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in history):
+        return read_turns([message | {"weight": 0} for message in asked] + answers, found["system"], notes)
+    keys, history = ("instruction", "input", "response", "system"), found["history"] or []
+    instruction, context, response, system = (as_text(found[key], key, notes) for key in keys)
+    pairs = history if isinstance(history, list) else [history]
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
         raise UserError("history is not a list of pairs, [question, answer]")
-    if texts[2].strip() and not any(map(str.strip, (texts[0], texts[1], texts[3]))):
+    if response.strip() and not (instruction + context + system).strip():
         raise UserError(f"it has a response but no instruction: it has {', '.join(record)}")
-    pairs = [[as_text(text, "history", notes) for text in turn] for turn in history]
-    turns = [exchange(question, "", answer) for question, answer in pairs]
-    return with_system([*itertools.chain(*turns), *exchange(*texts[:3])], texts[3:])
+    pairs = [[as_text(text, "history", notes) for text in pair] for pair in pairs]
+    turns = [(question, "", answer) for question, answer in pairs] + [(instruction, context, response)]
+    turns[0] += (system,)
+    return [message for turn in turns for message in exchange(*turn)]
 
 
 def read_fields(record, names, notes, kind):
@@ -73,13 +72,11 @@ def read_fields(record, names, notes, kind):
         raise UserError(f"its {kind} {refused[0]!r} is not supported, and ignoring it would change the training data")
     found = {}
     for key, spellings in names.items():
-        values = {name: given[name] for name in spellings if name in given}
+        values = {name: given.pop(name) for name in spellings if name in given}
         if len(set(map(repr, values.values()))) > 1:
             raise UserError(f"both {' and '.join(values)} have a value: keep one of them")
-        is_empty = key in ("instruction", "response") and not record.keys().isdisjoint(spellings)
-        found[key] = next(iter(values.values()), "" if is_empty else None)
-    known = {name for spellings in names.values() for name in spellings}
-    notes.update(f"{kind} {key!r}" for key in given.keys() - known)
+        found[key] = next(iter(values.values()), None)
+    notes.update(f"{kind} {key!r}" for key in given)
     return found
 
 
@@ -104,7 +101,7 @@ def read_turns(turns, system, notes):
             continue
         if not asked and not system:
             raise UserError(f"message {number} is the assistant's, with no user's message before it")
-        messages += with_system(exchange(join_texts(asked), "", text), system)
+        messages += exchange(join_texts(asked), "", text, join_texts(system))
         messages[-1] |= {"learn": False} if 0 in (found["weight"], found["train"]) else {}
         asked, system = [], []
     for message in messages[1:-1:2]:  # an empty response teaches the model to end at once
@@ -112,15 +109,13 @@ def read_turns(turns, system, notes):
             message["learn"] = False
             notes["empty response in the middle"] += 1
     notes["last message without a response"] += bool(messages and (asked or system))
-    return messages or with_system(exchange(join_texts(asked), "", ""), system)
+    return messages or exchange(join_texts(asked), "", "", join_texts(system))
 
 
 def join_texts(texts):
-    return texts[0] if len(texts) == 1 else "\n\n".join(map(str.strip, texts))
-
-
-def with_system(messages, texts):
-    return [messages[0] | ({"system": system} if (system := join_texts(texts).strip()) else {}), *messages[1:]]
+    """Join the texts that are not empty as paragraphs. A single one stays as it is."""
+    texts = [text for text in texts if text]
+    return texts[0] if len(texts) == 1 else "\n\n".join(filter(None, map(str.strip, texts)))
 
 
 def as_text(value, name, notes):
@@ -139,14 +134,16 @@ def as_text(value, name, notes):
     return text
 
 
-def exchange(instruction, context, response):
+def exchange(instruction, context, response, system=""):
     """Return an instruction and its response as messages."""
-    return [{"role": "user", "content": instruction, "input": context}, {"role": "assistant", "content": response}]
+    user = {"role": "user", "content": instruction, "input": context}
+    user |= {"system": system.strip()} if system.strip() else {}
+    return [user, {"role": "assistant", "content": response}]
 
 
-# The placeholder of a content in the rendered template, and the space before it. A template that trims the content also
-# removes the em space on that side
-PLACE = re.compile("( ?)(\u2003?)\0([0-9]+)\0(\u2003?)")
+# Text of the template, then a space and the placeholder of a content, or the end. A template that trims the content
+# also removes the em space on that side
+PIECE = re.compile(r"(.*?)(?:( ?)(\u2003?)\0([0-9]+)\0(\u2003?)|\Z)", re.DOTALL)
 
 
 def encode_conversation(tokenizer, messages, template):
@@ -163,73 +160,81 @@ def encode_conversation(tokenizer, messages, template):
     # contents: (text, its message); marked: messages with a mark for each text; plain: messages with the texts
     contents, marked, plain = [], [], []
     for message in messages:
-        texts = {"content": message["content"], "input": message.get("input") or ""}
-        if message.get("system"):
-            texts["content"] = f"{message['system'].strip()}\n\n{texts['content'].strip()}".strip()
-        if not knows_input and texts["input"]:
-            texts = {"content": f"{texts['content'].strip()}\n\n{texts['input'].strip()}"}
-        marks = {}
-        for key, text in texts.items():
-            if text or key == "content":
-                marks[key] = f"\u2003\0{len(contents)}\0\u2003"
-                contents.append((text, message))
+        context = message.get("input")
+        texts = {"content": join_texts([message.get("system"), message["content"], "" if knows_input else context])}
+        if knows_input and context:
+            texts["input"] = context
+        marks = {key: f"\u2003\0{i}\0\u2003" for i, key in enumerate(texts, len(contents))}
+        contents += [(text, message) for text in texts.values()]
         marked.append({"role": message["role"], **marks})
-        plain.append({"role": message["role"], **{key: text for key, text in texts.items() if key in marks}})
-    pieces, rendered = PLACE.split(render(template, marked, tokenizer)), ""
-    if sorted(map(int, pieces[3::5])) != list(range(len(contents))):
+        plain.append({"role": message["role"], **texts})
+    pieces = PIECE.findall(render(template, marked, tokenizer))
+    if sorted(int(number) for *_, number, _ in pieces if number) != list(range(len(contents))):
         raise UserError("the chat template leaves out or repeats messages: choose another format with --template")
-    stream = []  # str: text of the prompt; int: a special token; tuple: a response, and whether it is learned
-    for own_text, space, left, number, right in zip(*(pieces[i::5] + [""] * (i > 0) for i in range(5)), strict=True):
-        # split() alternates: text, special token, text, ...
+    # prompt: text that is not encoded yet; learn: right after a response, whether it is learned
+    ids, is_label, prompt, learn, rendered = [], [], "", None, ""
+
+    def add(new_ids, flag=False):
+        """Add token ids after those of the prompt."""
+        nonlocal prompt
+        prompt_ids, prompt = tokenizer.encode(prompt).tolist(), ""
+        ids.extend([*prompt_ids, *new_ids])
+        is_label.extend([False] * len(prompt_ids) + [flag] * len(new_ids))
+
+    for own_text, space, left, number, right in pieces:
         rendered += own_text
-        if stream and isinstance(stream[-1], tuple) and (end := tokenizer.plain_markers.match(own_text)):
-            stream.append(
-                tokenizer.ids_of_markers[end[0]]
-            )  # an added token that is not special can end a response, too
-            own_text = own_text[end.end() :]
-        named = enumerate(tokenizer.markers.split(own_text))
-        stream += [tokenizer.ids_of_markers[text] if i % 2 else text for i, text in named if text]
+        if learn is not None:  # a response ends with the token after it, or with end-of-text, and the model learns that
+            end = tokenizer.response_ends.match(own_text)
+            add([tokenizer.ids_of_markers[end[0]] if end else tokenizer.eot], learn)
+            own_text, learn = own_text[end.end() if end else 0 :], None
+            if not number:  # nothing follows the end of the last response
+                break
+        for i, text in enumerate(tokenizer.markers.split(own_text)):  # text, special token, text, ...
+            if i % 2:
+                add([tokenizer.ids_of_markers[text]])
+            else:
+                prompt += text
         if number:
             text, message = contents[int(number)]
             text = text if left else text.lstrip()
             text = space + (text if right else text.rstrip())
             rendered += text
-            stream.append(text if message["role"] == "user" else (text, message.get("learn", True)))
+            if message["role"] == "user":
+                prompt += text
+            else:
+                learn = message.get("learn", True)
+                add(tokenizer.encode(text).tolist(), learn)
+    add([])
     if rendered != render(template, plain, tokenizer):
         raise UserError("the chat template changes the text of a message: choose another format with --template")
-    end = tokenizer.eot
-    while messages[-1]["role"] == "assistant" and not isinstance(stream[-1], tuple):
-        end = stream.pop()  # nothing follows the end of the last response
-    if isinstance(stream[-1], tuple):
-        stream.append(end if isinstance(end, int) else tokenizer.eot)
-    ids, is_response, prompt, learn = [], [], "", None  # prompt: not encoded yet; learn: set right after a response
-
-    def add(new_ids, learn=False):
-        ids.extend(map(int, new_ids))
-        is_response.extend([learn] * len(new_ids))
-
-    if too_large := [i for i in stream if isinstance(i, int) and i >= tokenizer.rows]:
+    if too_large := [i for i in ids if i >= tokenizer.rows]:
         raise UserError(f"the chat template has a token with the id {too_large[0]}, beyond the model's embedding")
-    for item in stream:
-        if isinstance(item, str) and learn is not None:  # the template has no token after a response
-            add([tokenizer.eot], learn)
-            learn = None
-        if isinstance(item, str):
-            prompt += item
-            continue
-        add(tokenizer.encode(prompt))
-        prompt = ""
-        if isinstance(item, int):  # the model learns to end a response, too
-            add([item], bool(learn))
-            learn = None
-        else:
-            text, learn = item
-            add(tokenizer.encode(text), learn)
-    add(tokenizer.encode(prompt))
-    return ids, is_response
+    return ids, is_label
 
 
 def end_of_response(tokenizer, template):
     """Return the id of the token that ends a response in this chat template."""
-    ids, is_response = encode_conversation(tokenizer, exchange("a", "", "b"), template)
-    return ids[-1 - is_response[::-1].index(True)]
+    return encode_conversation(tokenizer, exchange("a", "", "b"), template)[0][-1]
+
+
+def render(template, messages, tokenizer):
+    """Return the text of messages in a chat template."""
+    values = {**tokenizer.names, "messages": messages, "tools": None, "documents": None}
+    values["add_generation_prompt"] = messages[-1]["role"] != "assistant"
+    with user_errors("the chat template cannot be rendered, choose another with --template"):
+        return compile_template(template).render(values)
+
+
+@functools.cache
+def compile_template(template):
+    """Compile a Jinja template as transformers does, in a sandbox, because published models bring their own."""
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    env.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # Jinja's own escapes HTML
+    env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
+    # {% generation %} marks a response for training in transformers, and changes no text
+    template = re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", template)
+    return env.from_string(re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", template))

@@ -5,8 +5,8 @@ import hashlib
 import json
 import os
 import re
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -16,14 +16,7 @@ from support.settings import UserError, user_errors
 from support.tokenizer import Tokenizer
 
 DATA = Path(__file__).parent.parent / "data"
-
-
-class Dataset(NamedTuple):
-    """A prepared dataset."""
-
-    path: Path
-    meta: dict  # contents of meta.json
-    tokenizer: Tokenizer
+Dataset = namedtuple("Dataset", ["path", "meta", "tokenizer"])  # meta: the contents of meta.json
 
 
 def open_dataset(name):
@@ -31,9 +24,8 @@ def open_dataset(name):
     with user_errors(f"--dataset={name!r}"):
         path = latest_intact_dir(DATA / name)
         if not (path / "meta.json").exists():
-            half = " (its preparation was interrupted)" if path.with_name(f"{path.name}.part").exists() else ""
-            fix = f"make it with python prepare.py --dataset={name}"
-            raise UserError(f"--dataset={name}: no such dataset in {DATA}{half}; {fix}")
+            why = " (its preparation was interrupted)" if path.with_name(f"{path.name}.part").exists() else ""
+            raise UserError(f"--dataset={name}: no such dataset in {DATA}{why}; run python prepare.py --dataset={name}")
     tokenizer = Tokenizer.load(path)
     with user_errors(f"{path / 'meta.json'} does not match the files beside it, prepare the dataset again"):
         meta = read_json(path / "meta.json")
@@ -74,13 +66,11 @@ def fingerprint(path, tokenizer):
 
 
 def output_directory(dataset, name, source):
-    """Return data/<name>. Raises UserError if it holds anything but a dataset prepared from the same source.
-
-    dataset: the value of --dataset. If `name` is empty, it is derived from the dataset."""
+    """Return data/<name>; by default it is named after --dataset. Raises UserError if it holds anything but a dataset
+    prepared from the same source."""
     path = Path(dataset)
     name = name or (path.resolve().stem if os.path.exists(path) else path.name)
-    plain = name.isprintable() and len(name.encode()) <= 200 and not re.search(r"[/\\]|\.(part|replaced)$", name)
-    if not plain or name in ("", ".", ".."):
+    if not name.isprintable() or len(name.encode()) > 200 or re.search(r"[/\\]|^\.{0,2}$|\.(part|replaced)$", name):
         raise UserError(f"--name={name!r}: give the plain name of a folder in data/, without .part or .replaced")
     out = DATA / name
     for suffix in ("", ".part", ".replaced"):

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import mmap
 import os
@@ -12,8 +13,7 @@ from support.settings import UserError, first_line, user_errors
 
 TEXTS, ROWS = (".txt", ".md"), (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
-# files that describe a dataset and are not part of it
-DESCRIPTIONS = r"(readme|license|dataset_infos?|dataset_dict|state)\.\w+|cache-.*\.arrow"
+DESCRIPTIONS = r"(readme|license|dataset_infos?|dataset_dict|state)\.\w+|cache-.*\.arrow"  # of datasets, not texts
 
 
 def kind_of(path):
@@ -24,9 +24,24 @@ def kind_of(path):
     return inner if inner in TEXTS + ROWS and not is_packed_table else ""
 
 
-def source_files(path):
+def open_splits(path, kinds=TEXTS + ROWS):
+    """Return {"train": files, "val": files} of the file or folder `path`, without "val" if it has no validation split.
+    Print which files are left out."""
+    files, left_out = source_files(path, kinds)
+    for why in sorted(set(left_out.values())):
+        names = [str(f.relative_to(path)) if f != path else f.name for f in left_out if left_out[f] == why]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        print(f"{path}: left out ({why}): {', '.join(names[:5])}{more}")
+    if not files:
+        raise UserError(f"{path}: no {', '.join(kinds)} file here, plain or .gz, .bz2, .zst")
+    val = [file for file in files if names_split("val|valid|validation|dev", file, path)]
+    train = [file for file in files if file not in val]
+    return {"train": train, "val": val} if train and val else {"train": files}
+
+
+def source_files(path, kinds=TEXTS + ROWS):
     """Return (the files of a corpus, {left-out file: reason}). The corpus is the file `path`, or all files below the
-    folder `path` that are not hidden. A file with a second link to it is read once."""
+    folder `path` that are not hidden. A file with a second link to it is read once. kinds: suffixes to read."""
     found, seen = [Path(path)] if os.path.isfile(path) else [], set()
     for folder, folders, names in os.walk(path, followlinks=True):
         is_new = os.path.realpath(folder) not in seen  # links can make a loop
@@ -37,10 +52,12 @@ def source_files(path):
     for file in sorted(found):
         if not os.path.isfile(file):
             left_out[file] = "a broken link, or not a regular file"
-        elif not kind_of(file):
-            left_out[file] = "an unsupported kind"
+        elif kind_of(file) not in kinds:
+            left_out[file] = "texts, not records" if kind_of(file) else "an unsupported kind"
         elif len(found) > 1 and re.fullmatch(DESCRIPTIONS, file.name.lower()):
             left_out[file] = "describes a dataset"
+        elif names_split("test", file, Path(path)):
+            left_out[file] = "a test split"
         elif (real := os.path.realpath(file)) in files:
             left_out[file] = f"the same file as {files[real].name}"
         else:
@@ -48,27 +65,16 @@ def source_files(path):
     return list(files.values()), left_out
 
 
-def print_left_out(path, left_out):
-    """Print the files below `path` that are left out, by reason."""
-    for why in sorted(set(left_out.values())):
-        names = [str(f.relative_to(path)) if f != path else f.name for f in left_out if left_out[f] == why]
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        print(f"{path}: left out ({why}): {', '.join(names[:5])}{more}")
-
-
 def names_split(words, file, folder):
     """Return whether a file's path below `folder` contains one of these words, such as "valid" in tiny-valid.txt."""
-    name = str(file.relative_to(folder)).removesuffix(file.suffix) if folder.is_dir() else ""
-    return re.search(rf"(^|[-_. /\\])({words})([-_. /\\]|$)", name, re.IGNORECASE)
+    return re.search(rf"(^|[-_. /\\])({words})[-_. /\\]", str(file.relative_to(folder)), re.IGNORECASE)
 
 
 def read_files(files, separator, text_column, max_bad_rows=0.1, notes=None):
     """Yield the texts of the documents in some files. notes: {file: counts of left-out rows}, for the report."""
     for path in files:
-        if kind_of(path) in TEXTS:
-            yield from read_txt(path, os.fsencode(separator), notes)
-        else:
-            yield from column(read_rows(path), text_column, path, max_bad_rows, notes)
+        rows = read_txt(path, os.fsencode(separator)) if kind_of(path) in TEXTS else read_rows(path)
+        yield from column(rows, text_column, path, max_bad_rows, notes)
 
 
 def open_binary(path):
@@ -80,34 +86,22 @@ def open_binary(path):
     return pyarrow.input_stream(str(path), compression=COMPRESSED[path.suffix.lower()])
 
 
-def read_txt(path, separator, notes=None):
-    """Yield the documents of a text file one by one, so that the file may be larger than memory. Windows line ends
-    are read as \\n, in the separator too."""
-    counts = {"rows": 0, "unreadable": 0, "line_ends": 0}
-    if notes is not None:
-        notes[path] = counts
-    if not os.path.getsize(path):
-        return
+def read_txt(path, separator):
+    """Yield (place, document) of a text file, one by one, so that the file may be larger than memory. A line end in
+    the separator matches Windows line ends too."""
     pattern = re.compile(re.escape(separator).replace(b"\\\n", b"\r?\n"))
     with user_errors(f"{path}: not readable"), open_binary(path) as f:
-        is_file = path.suffix.lower() not in COMPRESSED
-        text = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if is_file else f.read()
-        start = 0
-        while start <= len(text):
-            match = pattern.search(text, start)
-            end = match.start() if match else len(text)
+        can_map = path.suffix.lower() not in COMPRESSED and os.path.getsize(path)
+        text, start = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if can_map else f.read(), 0
+        for end, next_start in itertools.chain(map(re.Match.span, pattern.finditer(text)), [(len(text), 0)]):
             try:
-                document = text[start:end].decode("utf-8").removeprefix("\ufeff")  # Windows' byte order mark
+                document = text[start:end].decode().removeprefix("\ufeff")  # Windows' byte order mark
             except UnicodeDecodeError as e:
-                fix = "convert it, for example with iconv"
-                raise UserError(f"{path}: not UTF-8 at byte {start + e.start}; {fix}") from None
-            counts["line_ends"] += "\r\n" in document
-            if document := document.replace("\r\n", "\n").strip():
-                counts["rows"] += 1
-                yield document
-            if not match:
-                return
-            start = match.end()
+                why = f"not UTF-8 at byte {start + e.start}; convert it, for example with iconv"
+                raise UserError(f"{path}: {why}") from None
+            if document.strip():
+                yield f"byte {start}", document
+            start = next_start
 
 
 def read_rows(path):
@@ -128,9 +122,9 @@ def read_tables(path):
     if path.suffix.lower() == ".parquet":
         batches = pyarrow.parquet.ParquetFile(path).iter_batches(1000)
     else:
-        with pyarrow.memory_map(str(path)) as f:
-            is_file = f.read(6) == b"ARROW1"
         source = pyarrow.memory_map(str(path))
+        is_file = source.read(6) == b"ARROW1"
+        source.seek(0)
         reader = pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
         batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
     rows = (row for batch in batches for row in batch.to_pylist())
@@ -153,14 +147,12 @@ def read_csv(path):
 
 def read_json(path):
     """Yield the items of a JSON list, or of a file with one JSON value per line."""
-    with open_binary(path) as f:
-        is_list = f.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-    with open_binary(path) as f:
-        if is_list:
+    with io.BufferedReader(open_binary(path)) as f:
+        if f.peek(1000).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
             items = json.loads(f.read().decode("utf-8-sig"))
             yield from ((f"record {number}", item) for number, item in enumerate(items, 1))
             return
-        for number, line in enumerate(io.BufferedReader(f), 1):
+        for number, line in enumerate(f, 1):
             try:
                 if line.strip():
                     yield f"line {number}", json.loads(line.decode("utf-8-sig"))
@@ -169,28 +161,32 @@ def read_json(path):
 
 
 def column(rows, name, source, max_bad_rows=0.1, notes=None):
-    """Yield the texts in one column of rows, from read_rows() or the Hub. source: their name, for messages.
+    """Yield the texts in one column of rows, from read_txt(), read_rows() or the Hub. source: their name, for messages.
 
-    Rows without this column or without a text in it are left out and counted, and so are empty texts. Raises UserError
-    if rows without a text are a larger share than max_bad_rows."""
-    note = {"rows": 0, "unreadable": 0, "empty": 0, "repaired": 0, "first": ""}
+    Rows without a text in this column are left out and counted, and so are empty texts. Raises UserError if rows
+    without a text are a larger share than max_bad_rows."""
+    note = {"rows": 0, "unreadable": 0, "empty": 0, "repaired": 0, "line_ends": 0, "first": ""}
     if notes is not None:
         notes[source] = note
     for note["rows"], (place, row) in enumerate(rows, 1):
-        text = row.get(name, row) if isinstance(row, dict) else row
-        text = "" if text is None or text != text else text  # NaN does not equal itself
-        if isinstance(text, str):
-            repaired = text.encode(errors="replace").decode().strip()  # JSON can hold half of a surrogate pair
-            note["repaired"] += repaired != text.strip()
-            note["empty"] += not repaired
-            if repaired:
-                yield repaired
+        value, text = row.get(name, row) if isinstance(row, dict) else row, None
+        if isinstance(row, str):  # a document of a text file
+            note["line_ends"] += "\r\n" in row
+            text = row.replace("\r\n", "\n").strip()
+        elif isinstance(value, str):
+            text = value.encode(errors="replace").decode().strip()  # JSON can hold half of a surrogate pair
+            note["repaired"] += text != value.strip()
+        elif value is None or value != value:  # NaN does not equal itself
+            text = ""
         else:
             note["unreadable"] += 1
             if isinstance(row, dict):
-                kinds = ", ".join(f"{key} ({type(value).__name__})" for key, value in row.items())
-                text = f"no text in a column {name!r}; it has {kinds}"
-            note["first"] = note["first"] or f"{place}: {text}"
+                kinds = ", ".join(f"{key} ({type(cell).__name__})" for key, cell in row.items())
+                value = f"no text in a column {name!r}; it has {kinds}"
+            note["first"] = note["first"] or f"{place}: {value}"
+        note["empty"] += text == ""
+        if text:
+            yield text
         if note["rows"] == 1000:  # do not wait for the end of a large file
             check_bad_rows(source, note, max_bad_rows)
     check_bad_rows(source, note, max_bad_rows)

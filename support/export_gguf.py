@@ -4,6 +4,10 @@ import os
 import re
 from pathlib import Path
 
+import gguf
+from gguf import GGMLQuantizationType as Type
+from gguf import TokenType
+
 from model import FULL, GEMMA3_CONSTANTS, SLIDING
 from support.settings import UserError
 from support.tokenizer import GPT2_PATTERN, byte_level_bpe
@@ -13,8 +17,6 @@ def export_gguf(model, tokenizer, path, matrix_type):
     """Write a float32 model and its tokenizer as a GGUF file. Raises UserError for a model that llama.cpp cannot run.
 
     matrix_type: f32, bf16, f16 or q8_0. Names, shapes and metadata are those of llama.cpp's conversion/gemma.py."""
-    import gguf  # slow to import
-
     c = model.config
     for key, value in {"hidden_activation": "gelu_pytorch_tanh", **GEMMA3_CONSTANTS}.items():
         if getattr(c, key, value) != value:
@@ -36,22 +38,6 @@ def export_gguf(model, tokenizer, path, matrix_type):
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(c.rope_linear_factor)
     add_gguf_tokenizer(writer, tokenizer, c.vocab_size)
-    add_gguf_weights(writer, model, matrix_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    os.replace(f"{path}.part", path)
-    runner = "llama-cli" if tokenizer.config.get("chat_template") else 'llama-completion -no-cnv -p "Once"'
-    print(f"{path}: {os.path.getsize(path) / 1e6:,.1f} MB; {runner} -m {path} runs it, or docs/play.html in a browser")
-
-
-def add_gguf_weights(writer, model, matrix_type):
-    """Add the tensors: matrices in matrix_type if their shape allows it, norms in float32."""
-    import gguf
-    from gguf import GGMLQuantizationType as Type
-
-    c = model.config
     # llama.cpp derives the attention scale from the model size; if ours differs, q_norm corrects it
     theirs = c.hidden_size // c.num_attention_heads if c.num_hidden_layers == 62 else c.head_dim
     query_scale = (theirs / c.query_pre_attn_scalar) ** 0.5
@@ -63,30 +49,35 @@ def add_gguf_weights(writer, model, matrix_type):
         elif stored == Type.Q8_0 and array.shape[1] % 32:  # q8_0 has blocks of 32 numbers
             stored = Type.BF16
         writer.add_tensor(names.get_name(name, (".weight",)), gguf.quantize(array, stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    os.replace(f"{path}.part", path)
+    runner = "llama-cli" if tokenizer.config.get("chat_template") else 'llama-completion -no-cnv -p "Once"'
+    print(f"{path}: {os.path.getsize(path) / 1e6:,.1f} MB; {runner} -m {path} runs it, or docs/play.html in a browser")
 
 
 def add_gguf_tokenizer(writer, tokenizer, num_rows):
     """Add the tokenizer: as llama.cpp's "gpt2" if it is byte-level BPE that splits words like GPT-2, or as "llama" if
     it is BPE with byte fallback like Gemma's. num_rows: rows of the embedding, each of which gets a token."""
-    from gguf import TokenType
-
-    model, added = tokenizer.spec["model"], tokenizer.spec["added_tokens"]
+    model = tokenizer.spec["model"]
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    taken = {*model["vocab"], *(token["content"] for token in added)}
+    taken = model["vocab"].keys() | tokenizer.ids_of_markers.keys()
     tokens = [f"[unused{i}]" + "_" * (f"[unused{i}]" in taken) for i in range(num_rows)]
     types = [TokenType.UNUSED] * num_rows
     for text, i in model["vocab"].items():
         is_byte = model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", text)
         tokens[i], types[i] = text, TokenType.BYTE if is_byte else TokenType.NORMAL
-    for token in added:
+    # as in llama.cpp's converter: reserved tokens never match plain text, the other added tokens do
+    reserved = r"<pad>|<mask>|<2mass>|\[@BOS@\]|<unused.*>|<[|｜].*[|｜]>"
+    for token in tokenizer.spec["added_tokens"]:
         text, i = token["content"], token["id"]
         if i < num_rows:  # published models have no row for <image_soft_token>
-            # as in llama.cpp's converter: reserved tokens never match plain text, the other added tokens do
-            reserved = r"<pad>|<mask>|<2mass>|\[@BOS@\]|<unused.*>|<[|｜].*[|｜]>"
             is_control = token["special"] or re.fullmatch(reserved, text)
             tokens[i] = text if is_control else text.replace("▁", " ")
             types[i] = TokenType.CONTROL if is_control else TokenType.USER_DEFINED
-    bpe = byte_level_bpe(tokenizer.spec, {token["content"]: token["id"] for token in added})
+    bpe = byte_level_bpe(tokenizer.spec, tokenizer.ids_of_markers)
     if bpe and bpe._pat_str == GPT2_PATTERN:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("gpt-2")

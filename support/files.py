@@ -17,6 +17,7 @@ def write_atomically(path, content):
     part = path.with_name(path.name + ".part")
     try:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
+        fsync(part)
         os.replace(part, path)
     except OSError:
         part.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+from support.documents import kind_of
 from support.settings import UserError, user_errors
 
 TEXTS_ON_THE_HUB = {"tinystories": "roneneldan/TinyStories"}
@@ -34,8 +35,16 @@ def hub_directory(name, files=("*.json", "*.safetensors", "*.jinja")):
 
 
 def load_dataset_from_hub(name, flag, subset="", streaming=False):
-    """Return {name: split} of a dataset on the Hub. flag: the setting that names it, for error messages."""
+    """Return {"train": rows, "val": rows} of a dataset on the Hub, without "val" if it has no split "validation". Print
+    which splits are left out. flag: the setting that names it, for error messages."""
+    if kind_of(name) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise UserError(f"--{flag}={name!r}: no such file or folder, and not the name of a dataset")
     with user_errors(f"--{flag}={name}: not a file or folder here, and not downloaded from the Hugging Face Hub"):
         import datasets  # slow to import
 
-        return datasets.load_dataset(name, subset or None, streaming=streaming)
+        splits = datasets.load_dataset(name, subset or None, streaming=streaming)
+    train = "train" if "train" in splits else next(iter(splits))
+    used = {"train": train} | ({"val": "validation"} if "validation" in splits.keys() - {train} else {})
+    if others := sorted(splits.keys() - used.values()):
+        print(f"{name}: left out the splits {', '.join(others)}")
+    return {ours: splits[theirs] for ours, theirs in used.items()}

@@ -24,15 +24,20 @@ CLEAR_LINE = "\033[K"  # in a terminal: erase from the cursor to the end of the 
 MAX_SKIPPED = 5  # the run ends after this many steps in a row without a finite loss and gradient
 
 
-def say(text, end="\n"):
-    """Print a line at once. A closed pipe is not an error: Ctrl-C also ends `| tee`, and the run must still save."""
+def say(text, in_place=False):
+    """Print a line at once. in_place: the next line overwrites this one, if this is a terminal. A closed pipe is not an
+    error: Ctrl-C also ends `| tee`, and the run must still save."""
+    end = "\n"
+    if sys.stdout.isatty():
+        text = CLEAR_LINE + (text[: shutil.get_terminal_size().columns - 1] if in_place else text)
+        end = "\r" if in_place else "\n"
     try:
         print(text, end=end, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-class RunLog:
+class RunLog(contextlib.ExitStack):
     """The log of one run, open inside its `with` block. Rank 0 writes it. A resumed run drops the lines that were
     written after its checkpoint.
 
@@ -40,28 +45,22 @@ class RunLog:
     validation set in bits per byte, or None."""
 
     def __init__(self, folder, model, state, device, dtype, max_iters, floor=None, wandb=False):
+        super().__init__()
         self.folder, self.model, self.state, self.device = folder, model, state, device
-        self.max_iters, self.floor, self.wandb, self.wandb_run = max_iters, floor, wandb, None
+        self.max_iters, self.floor, self.wandb_run = max_iters, floor, None
         self.peak_flops = peak_flops(device, dtype) * get_world_size()
         self.skipped, self.is_torn = 0, False  # skipped steps in a row; whether the last line of log.jsonl is torn
-
-    def __enter__(self):
-        self.started = time.perf_counter() - self.state.seconds
+        self.started = time.perf_counter() - state.seconds
         self.restart_clock()
         if get_rank() == 0:
-            path = self.folder.path / "log.jsonl"
-            entries = [entry for entry in read_log(path) if entry.get("step", 0) <= self.state.step]
+            path = folder.path / "log.jsonl"
+            entries = [entry for entry in read_log(path) if entry.get("step", 0) <= state.step]
             write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in entries))
-            if self.wandb:
-                import wandb
+            if wandb:
+                from wandb import init as init_wandb
 
-                name, settings = self.folder.path.name, self.state.settings
-                self.wandb_run = wandb.init(project="nanogemma", name=name, config=settings)
-        return self
-
-    def __exit__(self, *_):
-        if self.wandb_run:
-            self.wandb_run.finish()
+                self.wandb_run = init_wandb(project="nanogemma", name=folder.path.name, config=state.settings)
+                self.callback(self.wandb_run.finish)
 
     def elapsed(self):
         """Return the seconds that this run has trained, including the time before it was resumed."""
@@ -74,33 +73,27 @@ class RunLog:
     def step(self, batch, metrics):
         """Report a step: print a line, and add an entry to log.jsonl. batch: a micro-batch of this shape, to count
         FLOPs. metrics: "train_loss", "lr", "grad_norm" and any others; each is a number or a dict of numbers."""
-        state, now = self.state, time.perf_counter()
-        per_second = (state.tokens - self.tokens_then) / (now - self.clock_start)
+        state, seconds = self.state, time.perf_counter() - self.clock_start
+        per_second = (state.tokens - self.tokens_then) / seconds
         _, labels, *doc_ids = batch
         head_share = (labels != -100).float().mean().item() if doc_ids else 1.0  # with doc_ids only labels use the head
         mfu = per_second * self.model.flops_per_token(labels.shape[1], head_share) / self.peak_flops
-        left = (self.max_iters - state.step) * (now - self.clock_start) / (state.step - self.step_then)
-        entry = {"event": "step", "step": state.step, "tokens": state.tokens, "seconds": state.seconds,
-                 **metrics, "tokens_per_sec": per_second, "mfu": mfu}  # fmt: skip
-        memory = ""
+        left = (self.max_iters - state.step) * seconds / (state.step - self.step_then)
+        metrics, memory = metrics | {"tokens_per_sec": per_second, "mfu": mfu}, ""
         if self.device.type == "cuda":
-            entry["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
-            memory = f" peak memory {entry['peak_memory_gb']:.1f} GB,"
-        self.write(entry)
-        line = (f"step {state.step:5}/{self.max_iters}: loss {metrics['train_loss']:.4f}, lr {metrics['lr']:.2e}, "
-                f"grad norm {metrics['grad_norm']:.2f}, {per_second:,.0f} tokens/s, {mfu:.0%} MFU,{memory} "
-                f"{timedelta(seconds=int(left))} left")  # fmt: skip
-        in_place = sys.stdout.isatty()  # the next line then overwrites this one
-        say(CLEAR_LINE + line[: shutil.get_terminal_size().columns - 1] if in_place else line,
-            end="\r" if in_place else "\n")  # fmt: skip
+            metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+            memory = f" peak memory {metrics['peak_memory_gb']:.1f} GB,"
+        self.write("step", metrics)
+        say(f"step {state.step:5}/{self.max_iters}: loss {metrics['train_loss']:.4f}, lr {metrics['lr']:.2e}, "
+            f"grad norm {metrics['grad_norm']:.2f}, {per_second:,.0f} tokens/s, {mfu:.0%} MFU,{memory} "
+            f"{timedelta(seconds=int(left))} left", in_place=True)  # fmt: skip
         self.restart_clock()
 
     def evaluation(self, metrics, line, sample):
         """Report an evaluation: print it, add an entry to log.jsonl, and write the files that are made from the log."""
         state, path = self.state, self.folder.path
-        say(f"{CLEAR_LINE * sys.stdout.isatty()}step {state.step}: {line}\n  {sample}\n")
-        counters = {key: getattr(state, key) for key in ("step", "tokens", "seconds", "best_val_loss")}
-        self.write({"event": "eval", **counters, **metrics, "sample": sample})
+        say(f"step {state.step}: {line}\n  {sample}\n")
+        self.write("eval", {"best_val_loss": state.best_val_loss, **metrics, "sample": sample})
         self.folder.try_write(draw_loss, path / "loss.png", [path], self.floor)
         self.folder.try_write(write_samples, path)
         self.folder.try_write(self.write_summary, metrics)
@@ -111,16 +104,16 @@ class RunLog:
             self.skipped = 0
             return
         self.skipped += 1
-        step = self.state.step
-        say(f"step {step}: skipped, its loss is {train_loss} and its gradient norm {grad_norm}")
-        self.write({"event": "skipped", "step": step, "train_loss": train_loss, "grad_norm": grad_norm})
+        say(f"step {self.state.step}: skipped, its loss is {train_loss} and its gradient norm {grad_norm}")
+        self.write("skipped", {"train_loss": train_loss, "grad_norm": grad_norm})
         if self.skipped == MAX_SKIPPED:
             raise Failure(f"{self.skipped} steps in a row without a finite loss and gradient; the last checkpoint is "
                           f"{self.folder.path}/last; lower learning_rate, or look for odd rows of data")  # fmt: skip
 
-    def write(self, entry):
+    def write(self, event, values):
         """Append an entry to log.jsonl, and send its numbers to Weights & Biases."""
-        self.folder.try_write(self.append, finite(entry))
+        counters = {key: getattr(self.state, key) for key in ("step", "tokens", "seconds")}
+        self.folder.try_write(self.append, finite({"event": event, **counters, **values}))
 
     def append(self, entry):
         line = "\n" * self.is_torn + json.dumps(entry) + "\n"
@@ -149,22 +142,22 @@ class RunLog:
 
 
 def finite(value):
-    """Return the value with None in place of every number that JSON cannot hold, in nested dicts too."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """Return the value with None in place of NaN and infinity, which JSON does not have."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 LOSS_OF = {"step": "train_loss", "eval": "val_loss", "skipped": "train_loss"}  # the loss in each kind of event
 
 
-def read_log(path):
-    """Return the entries of a log.jsonl. Keep events of other code; drop lines torn by a crash or a full disk."""
+def read_log(path, event=None):
+    """Return the entries of a log.jsonl, or those of one event. Keep events of other code; drop lines torn by a crash
+    or a full disk."""
     entries = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             entries.append(json.loads(line))
-    return [entry for entry in entries if isinstance(entry, dict) and is_whole(entry)]
+    entries = [entry for entry in entries if isinstance(entry, dict) and is_whole(entry)]
+    return [entry for entry in entries if event in (None, entry.get("event"))]
 
 
 def is_whole(entry):
@@ -181,18 +174,16 @@ def draw_loss(path, out_dirs, floor=None):
     fig, lowest = Figure(figsize=(11, 4.5), layout="constrained"), math.inf
     axes = fig.subplots(1, 2, sharey=True)
     for i, out_dir in enumerate(out_dirs):
-        entries = read_log(out_dir / "log.jsonl")
-        steps = [e for e in entries if e.get("event") == "step" and e["train_loss"] is not None]
-        if not (evals := [e for e in entries if e.get("event") == "eval" and e["val_loss"]]):
+        steps = [e for e in read_log(out_dir / "log.jsonl", "step") if e["train_loss"] is not None]
+        if not (evals := [e for e in read_log(out_dir / "log.jsonl", "eval") if e["val_loss"]]):
             continue
         in_bits = evals[0].get("val_bpb") is not None
         unit = evals[0]["val_bpb"] / evals[0]["val_loss"] if in_bits else 1
-        lowest = min(lowest, *(unit * e["val_loss"] for e in evals))
-        for ax, key, per, label in zip(axes, ("step", "seconds"), (1, 60), ("step", "minutes"), strict=True):
-            x, y = [e[key] / per for e in steps], [unit * e["train_loss"] for e in steps]
-            ax.plot(x, y, f"C{i}", lw=0.6, alpha=0.4)
-            x, y = [e[key] / per for e in evals], [unit * e["val_loss"] for e in evals]
-            ax.plot(x, y, f"C{i}o-", ms=3, label=out_dir.name)
+        train_losses, val_losses = [unit * e["train_loss"] for e in steps], [unit * e["val_loss"] for e in evals]
+        lowest = min(lowest, *val_losses)
+        for ax, label, key, per in zip(axes, ("step", "minutes"), ("step", "seconds"), (1, 60), strict=True):
+            ax.plot([e[key] / per for e in steps], train_losses, f"C{i}", lw=0.6, alpha=0.4)
+            ax.plot([e[key] / per for e in evals], val_losses, f"C{i}o-", ms=3, label=out_dir.name)
             ax.set(xlabel=label, ylabel="bits per byte" if in_bits else "nats per token")
     for ax in axes if lowest < math.inf else []:
         if floor:
@@ -209,7 +200,7 @@ def compare_runs(out_dirs):
     """Print the last evaluation of several runs, and plot them all in compare.png, beside the first run's folder."""
     units = set()
     for out_dir in out_dirs:
-        evals = [e for e in read_log(out_dir / "log.jsonl") if e.get("event") == "eval" and e["val_loss"]]
+        evals = [e for e in read_log(out_dir / "log.jsonl", "eval") if e["val_loss"]]
         if not evals:
             raise UserError(f"--compare: {out_dir / 'log.jsonl'} has no evaluation")
         last = evals[-1]
@@ -226,6 +217,6 @@ def compare_runs(out_dirs):
 
 def write_samples(out_dir):
     """Write samples.txt from log.jsonl: the text that the model wrote at each evaluation."""
-    evals = [entry for entry in read_log(out_dir / "log.jsonl") if entry.get("event") == "eval"]
+    evals = read_log(out_dir / "log.jsonl", "eval")
     texts = [f"--- step {e['step']}, val loss {e['val_loss'] or math.nan:.4f}\n{e.get('sample')}\n\n" for e in evals]
     write_atomically(out_dir / "samples.txt", "".join(texts))

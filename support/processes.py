@@ -19,12 +19,9 @@ from support.settings import Failure, UserError, first_line
 
 def set_up(device_name, dtype_name, compile, fsdp):
     """Join the other processes if torchrun started several, and set PyTorch up. Return (device, whether to compile)."""
-    if dist.is_torchelastic_launched():
-        device = init_distributed(device_name)
-    elif fsdp:
+    if fsdp and not dist.is_torchelastic_launched():
         raise UserError("--fsdp=True needs several processes: start it with torchrun")
-    else:
-        device = pick_device(device_name)
+    device = init_distributed(device_name) if dist.is_torchelastic_launched() else pick_device(device_name)
     compile, dtype = compile and can_compile(device), str(pick_dtype(dtype_name, device)).removeprefix("torch.")
     processes = f" in {get_world_size()} processes" if get_world_size() > 1 else ""
     print(f"device: {device}{processes}, {dtype}, {'compiled' if compile else 'not compiled'}")
@@ -173,22 +170,21 @@ def apply_fsdp(model, device):
 
 def distribute(tensor, like):
     """Return rank 0's tensor, sharded like the DTensor `like`, or whole if the shapes differ (a step counter)."""
-    from torch.distributed.tensor import distribute_tensor
-
     tensor = torch.empty_like(tensor, device=like.device) if tensor.is_meta else tensor.to(like.device)
     if tensor.shape != like.shape:
         dist.broadcast(tensor, 0)
         return tensor
-    return distribute_tensor(tensor, like.device_mesh, like.placements)
+    return shard_like(tensor, like, source=0)
 
 
-def shard_like(tensor, like):
-    """Return this process's shard of a tensor that every process holds, or all of it if `like` is not a DTensor."""
+def shard_like(tensor, like, source=None):
+    """Return this process's shard of a tensor, or all of it if `like` is not a DTensor. source: the rank that has the
+    tensor; None: every process has it."""
     if not hasattr(like, "full_tensor"):
         return tensor
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import distribute_tensor
 
-    return DTensor.from_local(tensor, like.device_mesh, [Replicate()]).redistribute(placements=like.placements)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=source)
 
 
 def full_tensor(tensor):

@@ -30,17 +30,17 @@ def new_state(fingerprint, settings):
     return SimpleNamespace(**NEW_STATE, dataset=fingerprint, settings=settings)
 
 
-class RunFolder:
-    """The folder of one run, locked until the end of `with`. An earlier run in this folder is moved aside, unless it is
-    resumed.
+class RunFolder(contextlib.ExitStack):
+    """The folder of one run, locked until the end of `with`. An earlier run in it is moved aside, unless it is resumed.
 
     Rank 0 writes. A failed write, for example on a full disk, is reported and added to `errors`; training goes on."""
 
     def __init__(self, out_dir, init_from):
-        self.path, self.errors, self.lock = Path(out_dir), [], contextlib.ExitStack()
+        super().__init__()
+        self.path, self.errors = Path(out_dir), []
         if get_rank() == 0:
             init_from = resolve_init_from(out_dir, init_from)  # again, for callers that skip main()
-            self.lock.enter_context(lock_folder(self.path))
+            self.enter_context(lock_folder(self.path))
             if init_from != "resume" and self.path.exists() and any(self.path.iterdir()):
                 aside = self.path.with_name(f"{self.path.name}-{time.strftime('%Y%m%d-%H%M%S')}")
                 os.replace(self.path, aside)
@@ -50,12 +50,6 @@ class RunFolder:
                 (self.path / ".job").write_text(job)
         if dist.is_initialized():
             dist.barrier()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.lock.close()
 
     def try_write(self, write, *args):
         """Call write(*args) on rank 0. Report an OSError and go on."""
@@ -94,14 +88,12 @@ def resolve_init_from(out_dir, init_from):
             return "resume"
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return init_from
-        resolved = path.resolve()
-        if init_from == "resume":
-            pass
-        elif not any((resolved / name).exists() for name in ("log.jsonl", "last", "best", ".job")):
+        resolved, is_new = path.resolve(), init_from != "resume"
+        if is_new and not any((resolved / name).exists() for name in ("log.jsonl", "last", "best", ".job")):
             raise UserError(f"--out_dir={out_dir}: has files that are not from a nanoGemma run: name another folder")
-        elif path.is_symlink() or os.path.ismount(resolved) or Path.cwd().is_relative_to(resolved):
+        if is_new and (path.is_symlink() or os.path.ismount(resolved) or Path.cwd().is_relative_to(resolved)):
             raise UserError(f"--out_dir={out_dir}: the run in it cannot be moved aside: name another folder")
-        elif Path(init_from).resolve().is_relative_to(resolved):
+        if is_new and Path(init_from).resolve().is_relative_to(resolved):
             raise UserError(f"--out_dir={out_dir}: contains the model to start from: name another folder")
         if get_rank() == 0:
             with lock_folder(path):  # raises UserError if another run holds it
@@ -149,10 +141,9 @@ def check_architecture(arch, config, path):
 
 
 def read_state(path, fingerprint, settings, fixed, fsdp=False):
-    """Return the run's state from the checkpoint `path`, to resume the run.
-
-    fingerprint, settings: those of the present command. Its data and the settings named in `fixed` must be the same
-    as in the checkpoint; other changes are printed. fsdp: other ranks than 0 get empty optimizer tensors."""
+    """Return the state in the checkpoint `path`, to resume the run. The data (its fingerprint) and the settings named
+    in `fixed` must be those of the run; other changed settings are printed. fsdp: only rank 0 gets optimizer tensors,
+    the others get empty ones."""
     kinds = {key: type(value) for key, value in NEW_STATE.items()} | {"optimizer": dict, "settings": dict}
     unreadable = f"{path / 'train_state.pt'} cannot be read by this version; start a new run with --init_from={path}"
     with user_errors(unreadable), warnings.catch_warnings(action="ignore"):  # one line is enough
@@ -162,8 +153,7 @@ def read_state(path, fingerprint, settings, fixed, fsdp=False):
             if not isinstance(getattr(state, key), kind):
                 raise ValueError(f"{key} is {type(getattr(state, key)).__name__}")
     if None not in (saved := getattr(state, "dataset", None), fingerprint) and saved != fingerprint:
-        raise UserError(f"the run in {path} was trained on another dataset: name that one, or start "
-                        "a new run")  # fmt: skip
+        raise UserError(f"the run in {path} was trained on another dataset: name that one, or start a new run")
     settings = {key: value for key, value in settings.items() if value is not None and key != "init_from"}
     before, ignored = state.settings, {"out_dir", "device", "eval_only"}
     changed = [key for key in settings if key in before and key not in ignored and before[key] != settings[key]]
@@ -171,8 +161,7 @@ def read_state(path, fingerprint, settings, fixed, fsdp=False):
         if key in fixed:
             raise UserError(f"{key}={settings[key]}: the run in {path} has {before[key]}; resume with that")
     if changed:
-        now = ", ".join(f"{key} {before[key]} -> {settings[key]}" for key in changed)
-        print(f"resuming with changed settings: {now}")
+        print("resuming with changed settings:", ", ".join(f"{k} {before[k]} -> {settings[k]}" for k in changed))
     if "epochs" in changed:
         del before["max_iters"]  # max_iters follows from epochs, unless it is set too
     state.settings = before | settings

@@ -39,11 +39,11 @@ def first_line(error):
 
 
 @contextlib.contextmanager
-def user_errors(what, *kinds):
-    """Turn any Exception in the `with` block, or only these kinds, into a UserError: `what`, then the reason."""
+def user_errors(what):
+    """Turn any Exception in the `with` block into a UserError: `what`, then the reason."""
     try:
         yield
-    except kinds or Exception as e:  # noqa: B030
+    except Exception as e:
         if isinstance(e, UserError):
             raise
         reason = f"no key {e}" if isinstance(e, KeyError) else first_line(e)
@@ -62,17 +62,15 @@ def keep_freed_memory():
 def run(main, *classes):
     """Call main(*settings) with the settings from the command line, and report errors in one line."""
     keep_freed_memory()
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a sample may have characters that a Windows log file cannot hold
+    for stream in (sys.stdin, sys.stdout):  # a sample may have characters that a Windows log file cannot hold
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         if {"-h", "--help"} & set(sys.argv[1:]):
             return print(usage(classes))
         return main(*configure(classes, sys.argv[1:]))
     except UserError as e:
-        is_reporter = os.environ.get("LOCAL_RANK", "0") == "0"  # every process finds the mistake, one reports it
-        code, line = 2, f": {e}" if is_reporter else None
+        code, line = 2, f": {e}"
     except ModuleNotFoundError as e:
         code, line = 2, f": this needs a package that is not installed: pip install {e.name}"
     except BrokenPipeError:  # the reader of our output has ended, as `| head` does
@@ -83,7 +81,7 @@ def run(main, *classes):
         code, line = 1, f"{rank}: " + (f"{e.filename}: {e.strerror}" if getattr(e, "filename", 0) else first_line(e))
     except KeyboardInterrupt:
         code, line = 130, ": interrupted"
-    if line:
+    if code != 2 or os.environ.get("LOCAL_RANK", "0") == "0":  # every process finds a mistake (2), one reports it
         print(sys.argv[0] + line, file=sys.stderr)
     sys.exit(code)
 
@@ -167,8 +165,8 @@ def usage(classes):
     """Return the help text: each field of the dataclasses, its default, and its trailing comment."""
     rows = []
     for cls in classes:
-        sources = map(inspect.getsource, cls.__mro__[-2::-1])  # fields and their comments are inherited
-        notes = dict(note for source in sources for note in re.findall(r"^    (\w+):[^#\n]*# (.*)$", source, re.M))
+        source = "".join(map(inspect.getsource, cls.__mro__[-2::-1]))  # fields and their comments are inherited
+        notes = dict(re.findall(r"^    (\w+):[^#\n]*# (.*)$", source, re.M))
         rows.append(f"\n{cls.__name__}")
         for f in fields(cls):
             assert f.default is not MISSING, f"{cls.__name__}.{f.name} has no default"

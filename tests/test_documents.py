@@ -11,7 +11,7 @@ import pyarrow
 import pytest
 from conftest import STORIES, documents_of, prepared
 
-from support.documents import print_left_out, read_files, read_txt, source_files
+from support.documents import open_splits, read_files, read_txt, source_files
 from support.settings import UserError
 
 
@@ -98,9 +98,8 @@ def test_what_is_left_out_of_a_folder_is_named(tmp_path, capsys):
         (tmp_path / name).write_text("text\none\n")
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "b.jsonl")
     (tmp_path / ".hidden.txt").write_text("no")
-    files, left_out = source_files(tmp_path)
+    files = open_splits(tmp_path)["train"]
     assert sorted(str(file.relative_to(tmp_path)) for file in files) == ["b.jsonl", "c.txt", "sub/d.csv"]
-    print_left_out(tmp_path, left_out)
     printed = capsys.readouterr().out
     assert "(describes a dataset): README.md, dataset_infos.json" in printed
     assert "(an unsupported kind): x.pdf, y.parquet.gz" in printed

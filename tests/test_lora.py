@@ -597,6 +597,22 @@ def test_records_of_a_folder_are_read_and_what_is_not_read_is_said(tmp_path, cap
         open_records(LoraConfig(data=str(tmp_path / "one.jsonl")), seed=0)
 
 
+@pytest.mark.parametrize("place", ["folder", "Hub"])
+def test_a_validation_split_is_held_out_and_a_test_split_left_out(tmp_path, monkeypatch, capsys, place):
+    """lora.py once trained on a folder's validation records, and on a part of the Hub's training split only."""
+    splits = {"train": 6, "validation": 3, "test": 2}
+    records = {name: [{"instruction": f"{name} {i}", "output": "b"} for i in range(n)] for name, n in splits.items()}
+    for name in splits:
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records[name]))
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: records)
+    found = open_records(LoraConfig(data=str(tmp_path) if place == "folder" else "someone/records"), seed=0)
+    for name, conversations in zip(splits, found, strict=False):
+        assert [messages[0]["content"] for messages in conversations] == [f"{name} {i}" for i in range(splits[name])]
+    printed = capsys.readouterr().out
+    assert ("(a test split): test.jsonl" if place == "folder" else "left out the splits test") in printed
+    assert "held out: its validation split, whatever val_fraction is" in printed
+
+
 @pytest.mark.parametrize("losses, found", [([3.0, 2.0, 1.0], False), ([3.0, 1.0, 2.0], True), ([1.0, 1.005], False)])
 def test_the_report_says_when_the_last_checkpoint_is_worse_than_the_best(tmp_path, losses, found, capsys):
     task = tuning([("Say hi.", "", "hello")])
