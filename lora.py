@@ -30,7 +30,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from safetensors.torch import save_file
 
-from model import complete, read_json, weights_fingerprint
+from model import complete, weights_fingerprint
 from prepare import CORPORA, is_held_out
 from support.adapters import check_base, read_adapter_config, read_adapter_weights, read_instruct, read_tensors
 from support.conversations import encode_conversation, end_of_response, read_messages
@@ -38,7 +38,7 @@ from support.devices import pick_dtype, runtime_errors
 from support.documents import ROWS, open_splits, read_rows
 from support.files import latest_intact_dir
 from support.hub import RECORDS_ON_THE_HUB, hub_directory, load_dataset_from_hub
-from support.log import finite, read_log
+from support.log import append, finite, read_log
 from support.processes import apply_fsdp, get_rank, get_world_size, loading_device, set_up, shutdown_distributed
 from support.runs import new_state, open_model, read_state, resolve_init_from, write_checkpoint
 from support.settings import NO_LIMIT, UserError, check_range, run, user_errors
@@ -63,8 +63,7 @@ class LoraConfig:
     batch_size: int = 0  # records per batch, about; 0: 1% of all, at least 4; max_tokens_per_batch may lower it
     val_fraction: float = 0.05  # share of the records to hold out; more if that would be fewer than about 8
     num_checked: int = 1200  # answer and check at most this many held-out records; before tuning at most 240
-    num_samples: int = 4  # answers shown before and after tuning
-    top_k: int = 5  # the shown answers are drawn from the k likeliest tokens
+    num_samples: int = 4  # how many of these answers are shown before and after tuning
     merge: bool = False  # at the end, also save the model with the best adapter merged in, to out_dir/merged
 
     def __post_init__(self):
@@ -347,8 +346,8 @@ class InstructionTuning:
         line = f"response loss {loss:.4f}, perplexity {perplexity:.3f} on held-out records"
         return {"val_loss": loss, "val_perplexity": perplexity}, line
 
-    def answers(self, conversations, max_new_tokens, **sampling):
-        """Return the model's answer to the last instruction of each conversation. max_new_tokens: a limit for each."""
+    def answers(self, conversations, max_new_tokens):
+        """Return the greedy answer to the last instruction of each conversation. max_new_tokens: a limit for each."""
         limit, stops = self.model.config.max_position_embeddings, [self.end, self.tokenizer.eot]
         prompts = [encode_conversation(self.tokenizer, messages[:-1], self.template)[0] for messages in conversations]
         limits = [min(n, limit - len(ids)) for n, ids in zip(max_new_tokens, prompts, strict=True)]
@@ -357,7 +356,7 @@ class InstructionTuning:
         order = np.lexsort(([len(ids) for ids in prompts], [n > 100 for n in limits]))
         for batch in (order[i : i + 128] for i in range(0, len(order), 128)):
             batch_prompts, batch_limits = [prompts[i] for i in batch], [limits[i] for i in batch]
-            texts = complete(self.model, self.tokenizer, batch_prompts, batch_limits, stop_ids=stops, **sampling)
+            texts = complete(self.model, self.tokenizer, batch_prompts, batch_limits, stop_ids=stops, temperature=0)
             for i, text in zip(batch, texts, strict=True):
                 answers[i] = text.strip()
         return answers
@@ -365,7 +364,7 @@ class InstructionTuning:
     def sample(self):
         """Return the first held-out instruction with the model's answer."""
         messages = self.val_records[0]
-        (answer,) = self.answers([messages], [self.cfg.sample_tokens], top_k=self.lora_cfg.top_k, seed=self.cfg.seed)
+        (answer,) = self.answers([messages], [self.cfg.sample_tokens])
         return f"{messages[-2]['content']} {messages[-2]['input']}\n  -> {answer}"
 
     def save_model(self, path, weights):
@@ -390,8 +389,8 @@ def main(lora_cfg, cfg):
     model, base, state = start_model(lora_cfg, cfg, records[0], device)
     tokenizer = Tokenizer.load(base)
     tokenizer.check_rows(model.config.vocab_size)
-    template, why = choose_template(lora_cfg.template, [base], tokenizer)
-    print(f"instruction format: {why}")
+    template, source = choose_template(lora_cfg.template, [base])
+    print(f"instruction format: {source or 'alpaca, because there is no chat template'}")
     tokenizer.config["chat_template"] = template
     base_fingerprint = weights_fingerprint(base) if lora_cfg.rank else None
     task = InstructionTuning(lora_cfg, cfg, model, tokenizer, template, records, state.base_model, base_fingerprint)
@@ -482,31 +481,29 @@ def print_plan(task):
 
 
 def measure(task, num_checked=None):
-    """Return (shares by name, answers) for the report. num_checked: maximum number of answers to check; None: all."""
-    lora_cfg, checked, outcomes = task.lora_cfg, task.val_records[:num_checked], {}
-    task.model.eval()
+    """Return (shares by name, answers to show) for the report. num_checked: how many answers to check; None: all."""
+    checked, outcomes, data = task.val_records[:num_checked], {}, task.lora_cfg.data
     limits = [2 * len(task.tokenizer.encode(messages[-1]["content"])) + 20 for messages in checked]
-    for messages, answer in zip(checked, task.answers(checked, limits, temperature=0), strict=True):
+    task.model.eval()
+    answers = task.answers(checked, limits)
+    task.model.train()
+    for messages, answer in zip(checked, answers, strict=True):
         words, wanted_words = (text.casefold().split() for text in (answer, messages[-1]["content"]))
         outcomes.setdefault("exact match", []).append(words == wanted_words)
-        if lora_cfg.data in CORPORA:
+        if data in CORPORA:
             turn = messages[-2]["turn"]
-            follows = importlib.import_module(CORPORA[lora_cfg.data]).follows(turn, answer)
+            follows = importlib.import_module(CORPORA[data]).follows(turn, answer)
             for name in ("followed: all", f"followed: {turn['task']}"):
                 outcomes.setdefault(name, []).append(follows)
     shares = {name: sum(values) / len(values) for name, values in sorted(outcomes.items())}
-    shown = task.val_records[: lora_cfg.num_samples]
-    limits = [task.cfg.sample_tokens] * len(shown)
-    answers = task.answers(shown, limits, top_k=lora_cfg.top_k, seed=task.cfg.seed)
-    task.model.train()
-    return shares, answers
+    return shares, answers[: task.lora_cfg.num_samples]
 
 
 def report(task, state, after):
     """Print the comparison of before and after, and append it to samples.txt and log.jsonl."""
     (shares_before, answers_before), (shares_after, answers_after) = state.before, after
     out_dir, lines = Path(task.cfg.out_dir), []
-    evals = [entry for entry in read_log(out_dir / "log.jsonl") if entry.get("event") == "eval"]
+    evals = read_log(out_dir / "log.jsonl", "eval")
     losses = [(entry["val_loss"] or math.nan, entry["step"]) for entry in evals] or [(math.nan, state.step)]
     (first, _), (best, best_step), (last, last_step) = losses[0], min(losses), losses[-1]
     for shares, loss in ((shares_before, first), (shares_after, state.best_val_loss)):
@@ -521,11 +518,9 @@ def report(task, state, after):
         lines.append(f"overfitting: the response loss rose from {best:.4f} at step {best_step} (reported above) to "
                      f"{last:.4f} at step {last_step}: use fewer epochs or a lower learning rate")  # fmt: skip
     print(text := "\n".join(["", *lines]))
-    with open(out_dir / "samples.txt", "a", encoding="utf-8") as f:
-        f.write(f"--- before and after, of the best checkpoint{text}\n")
+    append(out_dir / "samples.txt", f"--- before and after, of the best checkpoint{text}\n")
     entry = {"event": "report", "step": state.step, "before": shares_before, "after": shares_after}
-    with open(out_dir / "log.jsonl", "a", encoding="utf-8") as f:
-        f.write(json.dumps(finite(entry)) + "\n")
+    append(out_dir / "log.jsonl", json.dumps(finite(entry)) + "\n")
 
 
 def save_merged(task, base, best):
@@ -612,30 +607,17 @@ def cast_base_weights(model, dtype):
             embedding.to(dtype)
 
 
-def template_of(path, tokenizer):
-    """Return the chat template that the model or adapter in a directory was tuned with; None for a plain model."""
-    if template := read_instruct(path).get("template"):
-        return TEMPLATES.get(str(template), str(template))
-    if template := read_chat_template(path):
-        return template
-    file = Path(path) / "generation_config.json"
-    with user_errors(f"{file} is damaged"):
-        stops = read_json(file).get("eos_token_id") if file.exists() else None
-    end = tokenizer.ids_of_markers.get("<end_of_turn>")  # Google's chat models stop at the end of a turn
-    is_chat = end is not None and (end == tokenizer.eot or end in (stops if isinstance(stops, list) else [stops]))
-    return TEMPLATES["gemma"] if is_chat else None
-
-
-def choose_template(name, paths, tokenizer):
-    """Return a chat template, and its name and source as a text. `name` decides. Without it, take the template of
-    the first directory in `paths` that has one. The last resort is alpaca."""
+def choose_template(name, paths):
+    """Return a chat template, and its name and source as a text. `name` decides. Without it, take the template of the
+    first directory in `paths` that has one. The last resort is alpaca, with "" for its source."""
     if name:
         return TEMPLATES[name], f"{name} (--template)"
     for path in paths:
-        if template := template_of(path, tokenizer):
+        if template := read_instruct(path).get("template") or read_chat_template(path):
+            template = TEMPLATES.get(str(template), str(template))  # older runs saved its name
             known = [name for name, text in TEMPLATES.items() if text == template]
             return template, f"{known[0] if known else 'the chat template'} of {path}"
-    return TEMPLATES["alpaca"], f"alpaca, because there is no chat template in {' or '.join(map(str, paths))}"
+    return TEMPLATES["alpaca"], ""
 
 
 def check_template(name):

@@ -695,14 +695,11 @@ def config_to_dict(config):
 
 
 def weight_files(path):
-    """Return the safetensors files of a model directory: a single file, or the shards that its index lists."""
-    index = path / "model.safetensors.index.json"
-    if (path / "model.safetensors").exists() or not index.exists():
-        return [path / "model.safetensors"]
-    names = dict_at(read_json(index), "weight_map").values()
-    for name in names:
-        require(isinstance(name, str) and Path(name).name == name, f"{index.name}: {name!r} is not a file name")
-    return [path / name for name in sorted(set(names))]
+    """Return the safetensors files of a model directory: a single file, or its shards."""
+    whole = path / "model.safetensors"
+    files = [whole] if whole.exists() else sorted(path.glob("model-*-of-*.safetensors"))
+    require(files, f"{path}: no model.safetensors; convert weights of another kind by transformers' save_pretrained()")
+    return files
 
 
 def weights_fingerprint(path):

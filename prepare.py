@@ -11,7 +11,6 @@ token ids, with an end-of-text token after each document.
 
 import hashlib
 import importlib
-import io
 import itertools
 import json
 import math
@@ -30,8 +29,8 @@ import tiktoken
 from tqdm import tqdm
 
 from support.datasets import fingerprint, output_directory
-from support.documents import check_bad_rows, column, open_splits, read_files, source_files
-from support.files import atomic_replace_dir, lock_folder, write_atomically
+from support.documents import check_bad_rows, column, open_splits, read_files
+from support.files import atomic_replace_dir, fsync, lock_folder, write_atomically
 from support.hub import TEXTS_ON_THE_HUB, hub_directory, load_dataset_from_hub
 from support.settings import UserError, check_range, run, user_errors
 from support.tokenizer import GPT2_PATTERN, Tokenizer, spec_of_tiktoken, train_bpe
@@ -54,7 +53,7 @@ class PrepareConfig:
     seed: int = 0  # chooses the texts that a bundled corpus generates
 
     def __post_init__(self):
-        check_range(self, 0, 0.999, "val_fraction")
+        check_range(self, 1e-6, 0.999, "val_fraction")
         check_range(self, 0, 1, "max_bad_rows")
         self.separator = self.separator.replace(r"\n", "\n").replace(r"\t", "\t")
         if not self.separator or not self.dataset:
@@ -66,25 +65,16 @@ def main(cfg):
     out = output_directory(cfg.dataset, cfg.name, corpus.source)
     part = out.with_name(out.name + ".part")  # no script reads this name, so no script reads half a dataset
     with lock_folder(out):
-        tokenizer = start_or_resume(part, cfg, corpus)
-        shards = tokenize(corpus, tokenizer, part)
+        tokenizer, meta = start_or_resume(part, cfg, corpus)
+        tokenize(corpus, tokenizer, part, meta)
         for source, note in corpus.notes.items():  # max_documents can stop column() before its final check
             check_bad_rows(source, note, cfg.max_bad_rows)
-        figures = [json.loads(str(np.load(shard)["figures"])) for shard in shards]
-        meta = {"source": corpus.source, "tokenizer": cfg.tokenizer or corpus.tokenizer}
-        meta |= {"vocab_size": tokenizer.vocab_size, "dtype": tokenizer.dtype.name}
-        for split in ("train", "val"):
-            with open(part / f"{split}.bin", "wb") as f:
-                f.writelines(np.load(shard)[split].tobytes() for shard in shards)
-            meta[split] = {key: sum(found[split][key] for found in figures) for key in figures[0][split]}
-        bits = math.fsum(found["bits"] for found in figures)
-        meta["floor_bits_per_byte"] = bits / meta["val"]["bytes"] if corpus.bits else None
+        bits, example, _ = meta["val"].pop("bits", None), meta.pop("example"), meta.pop("task")
+        meta["floor_bits_per_byte"] = None if bits is None else bits / meta["val"]["bytes"]
         meta["fingerprint"] = fingerprint(part, tokenizer)
-        (part / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-        for file in (*part.glob("shard-*"), part / "task.json"):
-            file.unlink()
+        write_atomically(part / "meta.json", json.dumps(meta, indent=2) + "\n")
         atomic_replace_dir(part, out)
-    report(out, meta, corpus.notes, next((found["example"] for found in figures if found["example"]), ""))
+    report(out, meta, corpus.notes, example)
 
 
 @dataclass
@@ -98,6 +88,7 @@ class Corpus:
     bits: Callable | None = None  # text -> -log2 of its probability, if the corpus knows it
     max_documents: int | None = None  # limit for each split
     val_fraction: float = 0.0  # share of the training documents to hold out
+    files: tuple = ()  # the files of a corpus on this disk
 
     def documents(self):
         """Yield the documents in order, as (split, text)."""
@@ -107,75 +98,84 @@ class Corpus:
 
 
 def start_or_resume(part, cfg, corpus):
-    """Return the tokenizer in the folder `part`. Create it, unless an interrupted run of the same task left one."""
-    files = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in source_files(Path(cfg.dataset))[0]]
-    task = json.dumps(asdict(cfg) | {"source": corpus.source, "files": files, "shards": SHARD_CHARS})
-    shards = list(part.glob("shard-*.npz"))
-    if shards and (part / "task.json").read_text() == task:
-        print(f"{part}: continuing after {len(shards)} shards")
-        return Tokenizer.load(part)
-    training = (text for split, text in corpus.documents() if split == "train")
-    tokenizer = make_tokenizer(cfg.tokenizer or corpus.tokenizer, training)
+    """Return the tokenizer and the contents of meta.json, either new or those in the folder `part`, if an interrupted
+    run of the same task left it. meta["train"] and meta["val"] count what the .bin files hold."""
+    files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in corpus.files]
+    task, file = json.dumps([asdict(cfg), corpus.source, files]), part / "meta.json"
+    meta = json.loads(file.read_text()) if file.exists() else {}
+    if meta.get("task") == task:
+        for split in ("train", "val"):  # drop the tokens of a batch that was cut off
+            os.truncate(part / f"{split}.bin", meta[split]["tokens"] * np.dtype(meta["dtype"]).itemsize)
+        print(f"{part}: continuing after {meta['train']['documents'] + meta['val']['documents']:,} documents")
+        return Tokenizer.load(part), meta
+    name = cfg.tokenizer or corpus.tokenizer
+    tokenizer = make_tokenizer(name, (text for split, text in corpus.documents() if split == "train"))
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    (part / "task.json").write_text(task)
+    meta = {"source": corpus.source, "tokenizer": name, "vocab_size": tokenizer.vocab_size}
+    meta |= {"dtype": tokenizer.dtype.name, "train": {"documents": 0}, "val": {"documents": 0}}
+    write_atomically(file, json.dumps(meta))  # before other files: output_directory() looks for the source
     tokenizer.save(part)
-    return tokenizer
+    return tokenizer, meta | {"task": task, "example": ""}
 
 
-def tokenize(corpus, tokenizer, part):
-    """Encode the documents in threads. Return the files of the shards, in order. Existing shards are kept."""
-    shards, pending = [], []
+def tokenize(corpus, tokenizer, part, meta):
+    """Encode the documents in threads (tiktoken releases the GIL). Append the tokens to the .bin files in order."""
     documents = tqdm(corpus.documents(), "tokenizing", unit=" documents", mininterval=1, disable=None)
+    done, pending = meta["train"]["documents"] + meta["val"]["documents"], []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for batch in batches(documents):
-            shards.append(part / f"shard-{len(shards):06}.npz")
-            if not shards[-1].exists():
-                pending.append(pool.submit(encode_shard, shards[-1], batch, tokenizer, corpus.bits))
+        for batch in batches(itertools.islice(documents, done, None)):
+            pending.append(pool.submit(encode_batch, batch, tokenizer, corpus.bits))
             if len(pending) > 2 * os.cpu_count():  # limits the texts in memory
-                pending.pop(0).result()
-    for shard in pending:
-        shard.result()  # raises its thread's exception
-    return shards
+                append_batch(part, meta, *pending.pop(0).result())
+        for future in pending:
+            append_batch(part, meta, *future.result())
 
 
-SHARD_CHARS = 1 << 21  # characters of text in a shard; an interruption loses at most this much of each thread's work
+BATCH_CHARS = 1 << 21  # characters of text in a batch; an interruption loses the batches that are being encoded
 PIECE_CHARS = 1 << 14  # longest piece of a text without separators
 
 
 def batches(documents):
-    """Yield lists of documents that have about SHARD_CHARS characters together."""
-    batch, size = [], 0
+    """Yield {"train": texts, "val": texts} with about BATCH_CHARS characters."""
+    batch, size = {"train": [], "val": []}, 0
     for split, text in documents:
-        batch.append((split, text))
+        batch[split].append(text)
         size += len(text)
-        if size >= SHARD_CHARS:
+        if size >= BATCH_CHARS:
             yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+            batch, size = {"train": [], "val": []}, 0
+    yield batch
 
 
-def encode_shard(path, documents, tokenizer, bits):
-    """Write the tokens and figures of [(split, text), ...] to a file, which appears when it is complete. tiktoken
-    releases the GIL, so threads are enough."""
-    arrays, figures, content = {}, {"example": ""}, io.BytesIO()  # example: a text that the tokenizer changes
-    is_lossless = tokenizer.bpe and tokenizer.bpe._pat_str == GPT2_PATTERN
-    for name in ("train", "val"):
-        texts = decoded = [text for split, text in documents if split == name]
-        arrays[name] = tokens = tokenizer.encode_documents(texts).astype(tokenizer.dtype)
+def encode_batch(batch, tokenizer, bits):
+    """Return {split: (tokens, counts)} of a batch, and an example of a text that the tokenizer changes, or ""."""
+    encoded, example, is_lossless = {}, "", tokenizer.bpe and tokenizer.bpe._pat_str == GPT2_PATTERN
+    for split, texts in batch.items():
+        tokens, decoded = tokenizer.encode_documents(texts).astype(tokenizer.dtype), texts
         if not is_lossless:  # others may drop characters: count the bytes of the decoded text
             decoded = [tokenizer.decode(ids) for ids in np.split(tokens, np.flatnonzero(tokens == tokenizer.eot))[:-1]]
+        counts = {"tokens": len(tokens), "documents": len(texts), "bytes": sum(len(text.encode()) for text in decoded)}
         changed = [(text, read) for text, read in zip(texts, decoded, strict=True) if text != read]
-        figures[name] = {"tokens": len(tokens), "documents": len(texts)}
-        figures[name] |= {"bytes": sum(len(text.encode()) for text in decoded), "changed": len(changed)}
+        counts["changed"] = len(changed)
         for text, read in changed[:1]:
-            num_equal = sum(itertools.takewhile(bool, map(str.__eq__, text, read)))
-            at = max(0, num_equal - 10)
-            figures["example"] = f"{text[at : at + 30]!r} becomes {read[at : at + 30]!r}"
-    figures["bits"] = math.fsum(bits(text) for split, text in documents if split == "val") if bits else 0.0
-    np.savez(content, **arrays, figures=json.dumps(figures))
-    write_atomically(path, content.getvalue())
+            at = max(0, sum(itertools.takewhile(bool, map(str.__eq__, text, read))) - 10)
+            example = f", such as {text[at : at + 30]!r}, which becomes {read[at : at + 30]!r}"
+        if bits and split == "val":
+            counts["bits"] = math.fsum(map(bits, texts))
+        encoded[split] = tokens, counts
+    return encoded, example
+
+
+def append_batch(part, meta, encoded, example):
+    """Append tokens to the .bin files, then count them in meta.json, so that a run can continue after a crash."""
+    meta["example"] = meta["example"] or example
+    for split, (tokens, counts) in encoded.items():
+        with open(part / f"{split}.bin", "ab") as f:
+            f.write(tokens)
+        fsync(part / f"{split}.bin")
+        meta[split] = {key: meta[split].get(key, 0) + count for key, count in counts.items()}
+    write_atomically(part / "meta.json", json.dumps(meta))
 
 
 def report(out, meta, notes, example):
@@ -190,13 +190,11 @@ def report(out, meta, notes, example):
     for source, note in notes.items():
         if note["unreadable"]:
             print(f"{source}: left out {note['unreadable']:,} of {note['rows']:,} rows, the first: {note['first']}")
-        elif not note["rows"]:
-            print(f"{source}: no text in it")
     n = {key: sum(note[key] for note in notes.values()) for key in ("unreadable", "empty", "repaired", "line_ends")}
     changed = meta["train"]["changed"] + meta["val"]["changed"]
     print(f"rows left out: {n['unreadable']:,} without a text, {n['empty']:,} empty; texts changed: {n['repaired']:,} "
           f"with an unpaired surrogate, {n['line_ends']:,} with Windows line ends, {changed:,} by the tokenizer"
-          f"{f', such as {example}' if example else ''}")  # fmt: skip
+          f"{example}")  # fmt: skip
     recipe, name = Path(__file__).parent / "config" / f"train_{out.name}.py", shlex.quote(out.name)
     other = f"train_tinystories_cpu.py --dataset={name} --out_dir=out/{name}"
     print(f"next: python train.py config/{recipe.name if recipe.exists() else other}")
@@ -223,10 +221,9 @@ def make_tokenizer(name, texts):
 
 # ---- corpora ---------------------------------------------------------------------------------------------------------
 
-# Bundled corpora. Each is a module with documents(seed, count), which returns an iterator of texts (count 0: a default
-# number); bits(text), which returns -log2 of the text's probability, or bits = None; and TOKENIZER, the default of
-# --tokenizer. lora.py --data also needs records(seed, count, held_out), which yields conversations, and follows(turn,
-# answer), which returns whether an answer follows the instruction. See data/fable_grammar.py.
+# Bundled corpora: modules with documents(seed, count), which returns an iterator of texts (count 0: a default number);
+# bits(text), which returns -log2 of the text's probability, or bits = None; and TOKENIZER, the default of --tokenizer.
+# For lora.py also records(seed, count, held_out) and follows(turn, answer). See data/fable_grammar.py.
 CORPORA = {"fables": "data.fable_grammar"}
 
 
@@ -239,8 +236,9 @@ def open_corpus(cfg):
         corpus = Corpus(cfg.dataset, {"train": texts}, notes, module.TOKENIZER, module.bits)
     elif os.path.exists(path):
         how = cfg.separator, cfg.text_column, cfg.max_bad_rows, notes
-        splits = {name: partial(read_files, files, *how) for name, files in open_splits(path).items()}
-        corpus = Corpus(str(path.resolve()), splits, notes)
+        files = open_splits(path)
+        splits = {name: partial(read_files, files[name], *how) for name in files}
+        corpus = Corpus(str(path.resolve()), splits, notes, files=tuple(itertools.chain(*files.values())))
     else:
         corpus = Corpus(f"{hub_name} {cfg.subset}".strip(), open_hub(hub_name, cfg, notes), notes)
     corpus.max_documents = cfg.max_documents or None
@@ -257,8 +255,6 @@ def open_corpus(cfg):
 def hold_out(corpus, cfg):
     """Set corpus.val_fraction to --val_fraction, or for few documents to the nearest share that fills both splits."""
     fraction = 0.01 if cfg.val_fraction is None else cfg.val_fraction
-    if not fraction:
-        raise UserError("--val_fraction=0 holds out nothing, and the dataset has no validation split: raise it")
     lowest, highest, count = 1.0, 0.0, 0
     for _, text in corpus.documents():
         count += 1
@@ -282,15 +278,14 @@ def text_hash(text):
 
 def is_held_out(text, fraction):
     """Return whether a document belongs to the validation split."""
-    return fraction > 0 and text_hash(text) < fraction
+    return text_hash(text) < fraction
 
 
 def split_text(text, cfg):
     """Return the splits of one long text. It is cut between paragraphs, and the last tenth is held out, as in nanoGPT.
 
-    Each piece becomes a document. Pieces are short, so that many threads can work, and so that the model often sees an
-    end-of-text token before a text, which is where generation begins. They are long compared with a row of train.py,
-    so few rows end early. They are not stripped, so the pieces joined together are the text."""
+    Each piece becomes a document: short enough that threads share the work and the model often sees an end-of-text
+    token before a text, but long compared with a row of train.py. The pieces joined together are the text."""
     pieces, start, size = [], 0, min(PIECE_CHARS, max(1, len(text) // 20))
     while start < len(text):
         end = start + size

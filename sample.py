@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora import check_template, choose_template, load_adapter, merge_lora, template_of
+from lora import check_template, choose_template, load_adapter, merge_lora
 from model import read_json
 from support.adapters import check_base
 from support.conversations import encode_conversation, end_of_response
@@ -38,7 +38,6 @@ class SampleConfig:
     instruct: str = ""  # an instruction to answer, in the model's instruction format
     input: str = ""  # the text the instruction is about
     template: str = ""  # instruction format: alpaca, short or gemma; empty: the model's own chat template, or alpaca
-    compare: bool = False  # answer the instruction without the adapter first
     num_samples: int = 1  # texts from the same beginning, generated as one batch
     max_new_tokens: int = 300  # longest text; an end-of-text token ends it earlier
     temperature: float = 0.8  # 0: always the likeliest token; 1: the model's own probabilities
@@ -63,8 +62,6 @@ class SampleConfig:
         path = Path(self.export_gguf)
         if self.export_gguf and (path.is_dir() or not path.parent.is_dir()):
             raise ValueError(f"export_gguf={path} must name a file, in a folder that exists")
-        if self.compare and not (self.adapter and self.instruct):
-            raise ValueError("compare needs an adapter and an instruction: --adapter and --instruct")
         if self.input and not self.instruct:
             raise ValueError("input needs an instruction: add --instruct")
         modes = "export_gguf", "interactive", "instruct", "start"
@@ -83,16 +80,11 @@ def main(cfg):
     # prefer the adapter's tokenizer, as users of transformers do
     tokenizer = Tokenizer.load(adapter if adapter and (adapter / "tokenizer.json").exists() else path)
     tokenizer.check_rows(model.config.vocab_size)
-    template, why = choose_template(cfg.template, [adapter, path] if adapter else [path], tokenizer)
-    is_chat = bool(adapter or cfg.template or template_of(path, tokenizer))
-    writer = Writer(cfg, model, tokenizer, template)
-    messages = [{"role": "user", "content": cfg.instruct, "input": cfg.input}]
+    template, source = choose_template(cfg.template, [adapter, path] if adapter else [path])
+    is_chat = bool(adapter or source)
     print(f"[{path}{f' with {adapter}' if adapter else ''}]")
-    print(f"[instruction format: {why}]\n" if cfg.instruct or (cfg.interactive and is_chat) else "")
-    if cfg.compare:
-        print("base:\n")
-        writer.answer(messages)
-        print("tuned:\n")
+    form = source or "alpaca, because there is no chat template"
+    print(f"[instruction format: {form}]\n" if cfg.instruct or (cfg.interactive and is_chat) else "")
     if adapter:
         check_base(adapter, path)
         with user_errors(f"--adapter={cfg.adapter}"):
@@ -102,12 +94,17 @@ def main(cfg):
         return export_gguf(merge_lora(model), tokenizer, cfg.export_gguf, cfg.gguf_type)
     if cfg.compile and can_compile(device):
         model.compile_step()
+    writer = Writer(cfg, model, tokenizer, template)
     if cfg.interactive:
         writer.converse(is_chat)
     elif cfg.instruct:
-        writer.answer(messages)
+        writer.answer([{"role": "user", "content": cfg.instruct, "input": cfg.input}])
     else:
-        writer.continue_text(read_start(cfg.start))
+        text = cfg.start
+        if text.startswith("FILE:"):
+            with user_errors(f"--start={text}"):
+                text = Path(text[5:]).expanduser().read_text(encoding="utf-8-sig")
+        writer.continue_text(text)
 
 
 def find_checkpoint(cfg, adapter):
@@ -132,14 +129,6 @@ def find_checkpoint(cfg, adapter):
     if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
         raise UserError(f"{path} holds an adapter, not a whole model: use --adapter={path}")
     return path
-
-
-def read_start(text):
-    """Return the text that --start gives, either directly or as FILE:path."""
-    if not text.startswith("FILE:"):
-        return text
-    with user_errors(f"--start={text}"):
-        return Path(text[5:]).expanduser().read_text(encoding="utf-8-sig")
 
 
 class Writer:
@@ -185,14 +174,13 @@ class Writer:
         while True:
             try:
                 line = input("> ")
-            except EOFError:
-                return print()
-            try:
                 if is_chat:
                     messages.append({"role": "user", "content": line})
                     messages.append({"role": "assistant", "content": self.answer(messages).strip()})
                 else:
                     self.continue_text(line)
+            except EOFError:
+                return print()
             except UserError as e:  # too long: forget the conversation and continue
                 print(e)
                 messages = []

@@ -124,7 +124,7 @@ def fit(task, cfg, state, device):
     model, dtype, first_step = task.model, pick_dtype(cfg.dtype, device), state.step
     state.settings |= {key: value for key, value in asdict(cfg).items() if (key, value) != ("init_from", "resume")}
     optimizers = make_optimizers(model, cfg)
-    load_optimizers(optimizers, model, vars(state).pop("optimizer", {}), cfg.fsdp)
+    load_optimizers(optimizers, model, vars(state).pop("optimizer", {}))
     if cfg.compile:
         compile_for_training(model, cfg.activation_memory)
     forward = wrap_ddp(model, cfg.fsdp)
@@ -404,8 +404,7 @@ class PackedDataset:
 
 
 def epoch_shuffled_indices(count, size, seed, step):
-    """Return the row numbers for a step: `size` of the `count` rows, determined by (seed, step) alone. Every epoch
-    visits each row once, in its own order."""
+    """Return `size` of `count` row numbers for a step, from (seed, step) alone. An epoch visits each row once."""
     numbers = np.arange(step * size, (step + 1) * size)
     indices = np.empty(size, dtype=np.int64)
     for epoch in np.unique(numbers // count):

@@ -8,10 +8,9 @@ from support.settings import UserError, user_errors
 # the fields of PEFT's LoraConfig that load_adapter() understands, and their types
 ADAPTER_FIELDS = {"r": (int,), "lora_alpha": (int, float), "lora_dropout": (int, float), "use_rslora": (bool,)}
 # fields that do not change the adapter's output; the layers that it adapts follow from the names of its weights
-OTHER_FIELDS = {"peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
+OTHER_FIELDS = {"peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "rank_pattern",
                 "inference_mode", "megatron_core", "qalora_group_size", "corda_config", "lora_ga_config",
-                "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-                "rank_pattern"}  # fmt: skip
+                "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "revision"}  # fmt: skip
 # values that do not change the output either; other initializations, such as PiSSA's, change the base model too
 PLAIN = {"bias": ["none"], "init_lora_weights": [True, "gaussian", "orthogonal", "mica"]}
 MERGE = "merge it with PEFT's merge_and_unload() and use the merged model"
@@ -25,12 +24,9 @@ def read_adapter_config(path):
     for key, kinds in ADAPTER_FIELDS.items():
         if type(config.get(key)) not in kinds:
             raise ValueError(f"adapter_config.json: {key}={config.get(key)!r} is not of type {kinds[-1].__name__}")
-    if config.get("alpha_pattern") and set(config["alpha_pattern"].values()) == {config["lora_alpha"]}:
-        del config["alpha_pattern"]  # it repeats lora_alpha
     for key in config.keys() - ADAPTER_FIELDS.keys() - OTHER_FIELDS:
         if config[key] and config[key] not in PLAIN.get(key, []):
-            reason = f"{key}={config[key]!r} is not plain LoRA, the only kind that can be read"
-            raise ValueError(f"adapter_config.json: {reason}; {MERGE}")
+            raise ValueError(f"adapter_config.json: {key}={config[key]!r} is not plain LoRA; {MERGE}")
     return config
 
 

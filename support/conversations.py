@@ -5,6 +5,7 @@ an "input", the text that its content is about, and a "system" message before it
 False is context only. docs/records.md lists the formats that are read or refused."""
 
 import functools
+import itertools
 import json
 import re
 from collections import Counter
@@ -16,17 +17,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from support.settings import UserError, user_errors
 
 # our name for a column: its names in records
-COLUMNS = {"messages": ("messages", "conversations", "conversation"),
+COLUMNS = {"messages": ("messages", "conversations", "conversation"), "system": ("system", "system_prompt"),
            "instruction": ("instruction", "prompt", "question"), "input": ("input", "context"),
-           "response": ("output", "response", "completion", "answer"), "system": ("system", "system_prompt"),
-           "history": ("history",)}  # fmt: skip
-FIELDS = {"role": ("role", "from"), "content": ("content", "value"), "weight": ("weight",), "train": ("train",)}
+           "response": ("output", "response", "completion", "answer")}  # fmt: skip
+FIELDS = {"role": ("role", "from"), "content": ("content", "value"), "weight": ("weight", "train")}  # of a message
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
          "bot": "assistant", "system": "system", "developer": "system"}  # fmt: skip
 # columns of a record and fields of a message that change what should be learned: refused unless empty
 REFUSED = {"chosen", "rejected", "label", "labels", "completions", "kto_tag", "tools", "functions", "tool_calls",
-           "tool_call_id", "function_call", "reasoning_content", "thinking", "image", "images", "audio", "audios",
-           "video", "videos"}  # fmt: skip
+           "tool_call_id", "function_call", "reasoning_content", "thinking", "history", "image", "images", "audio",
+           "audios", "video", "videos"}  # fmt: skip
 
 
 def read_messages(record, notes=None):
@@ -35,31 +35,21 @@ def read_messages(record, notes=None):
     notes: a Counter of the parts that were not read, by a short description."""
     notes = Counter() if notes is None else notes
     found = read_fields(record, COLUMNS, notes, "column")
-    if found["messages"] is not None:
-        notes.update(f"column {key!r}" for key in ("instruction", "input", "response", "history") if found[key])
-        return read_turns(found["messages"], found["system"], notes)
     instruction, response = found["instruction"], found["response"]
-    if record.keys().isdisjoint(COLUMNS["instruction"] + COLUMNS["response"]):
-        known = ", ".join("/".join(names) for names in COLUMNS.values())
-        raise UserError(f"it has {', '.join(record)}; known are {known}. For texts use prepare.py and train.py")
-    if isinstance(instruction, list) or isinstance(response, list):  # as in TRL, where only the completion is learned
-        asked = instruction if isinstance(instruction, list) else [{"role": "user", "content": instruction}]
-        answers = response if isinstance(response, list) else [{"role": "assistant", "content": response}]
-        if not all(isinstance(message, dict) for message in [*asked, *answers]):
-            raise UserError("it has a list, but not of messages: if it lists several answers, make a record of each")
-        notes.update(f"column {key!r}" for key in ("input", "history") if found[key])
-        return read_turns([message | {"weight": 0} for message in asked] + answers, found["system"], notes)
-    keys, history = ("instruction", "input", "response", "system"), found["history"] or []
+    if found["messages"] is not None:
+        notes.update(f"column {key!r}" for key in ("instruction", "input", "response") if found[key])
+        return read_turns(found["messages"], found["system"], notes)
+    if isinstance(instruction, list) and isinstance(response, list):  # as in TRL, where only the completion is learned
+        notes["column 'input'"] += found["input"] is not None
+        return read_turns(instruction + response, found["system"], notes, num_context=len(instruction))
+    keys = ("instruction", "input", "response", "system")
     instruction, context, response, system = (as_text(found[key], key, notes) for key in keys)
-    pairs = history if isinstance(history, list) else [history]
-    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
-        raise UserError("history is not a list of pairs, [question, answer]")
-    if response.strip() and not (instruction + context + system).strip():
-        raise UserError(f"it has a response but no instruction: it has {', '.join(record)}")
-    pairs = [[as_text(text, "history", notes) for text in pair] for pair in pairs]
-    turns = [(question, "", answer) for question, answer in pairs] + [(instruction, context, response)]
-    turns[0] += (system,)
-    return [message for turn in turns for message in exchange(*turn)]
+    is_unknown = record.keys().isdisjoint(COLUMNS["instruction"] + COLUMNS["response"])
+    if is_unknown or (response.strip() and not (instruction + context + system).strip()):
+        known = ", ".join("/".join(names) for names in COLUMNS.values())
+        reason = f"no instruction in {', '.join(record)}; known are {known}"
+        raise UserError(f"{reason}. For texts use prepare.py and train.py")
+    return exchange(instruction, context, response, system)
 
 
 def read_fields(record, names, notes, kind):
@@ -80,8 +70,8 @@ def read_fields(record, names, notes, kind):
     return found
 
 
-def read_turns(turns, system, notes):
-    """Return messages, in any usual spelling, as a conversation."""
+def read_turns(turns, system, notes, num_context=0):
+    """Return messages, in any usual spelling, as a conversation. The first num_context messages are context only."""
     if not isinstance(turns, list) or not turns:
         raise UserError(f"its messages are {type(turns).__name__}, not a list")
     messages, asked = [], []  # asked: the user's texts since the last response
@@ -90,9 +80,8 @@ def read_turns(turns, system, notes):
         found = read_fields(turn, FIELDS, notes, "field")
         if (role := ROLES.get(str(found["role"]))) is None:
             raise UserError(f"message {number} has the role {found['role']!r}; known are {', '.join(ROLES)}")
-        for key in ("weight", "train"):
-            if found[key] not in (None, 0, 1):
-                raise UserError(f"message {number} has the {key} {found[key]!r}; only 0 and 1 are supported")
+        if found["weight"] not in (None, 0, 1):
+            raise UserError(f"message {number} has the weight {found['weight']!r}; only 0 and 1 are supported")
         text = as_text(found["content"], f"content of message {number}", notes)
         if role != "assistant":
             if not text.strip():
@@ -102,12 +91,10 @@ def read_turns(turns, system, notes):
         if not asked and not system:
             raise UserError(f"message {number} is the assistant's, with no user's message before it")
         messages += exchange(join_texts(asked), "", text, join_texts(system))
-        messages[-1] |= {"learn": False} if 0 in (found["weight"], found["train"]) else {}
+        if number <= num_context or found["weight"] == 0 or not text.strip():
+            messages[-1]["learn"] = False  # an empty response would teach the model to end at once
+        notes["empty response"] += not text.strip()
         asked, system = [], []
-    for message in messages[1:-1:2]:  # an empty response teaches the model to end at once
-        if not message["content"].strip() and message.get("learn", True):
-            message["learn"] = False
-            notes["empty response in the middle"] += 1
     notes["last message without a response"] += bool(messages and (asked or system))
     return messages or exchange(join_texts(asked), "", "", join_texts(system))
 
@@ -122,13 +109,12 @@ def as_text(value, name, notes):
     """Return a string, whole number or list of text parts as a string; "" for None. Refuse anything else."""
     value = "" if value is None or value != value else value
     if isinstance(value, list):
-        given = [{k for k, v in part.items() if v is not None} if isinstance(part, dict) else part for part in value]
-        is_text = [keys == {"type", "text"} and part["type"] == "text" for keys, part in zip(given, value, strict=True)]
-        parts = [part.get("text") for part in value] if all(is_text) else value
-        if all(isinstance(part, str) for part in parts) and (all(is_text) or len(parts) == 1):
-            value = "".join(parts)
+        parts = [{k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else {} for part in value]
+        if all(part == {"type": "text", "text": str(part.get("text"))} for part in parts):
+            value = "".join(part["text"] for part in parts)
     if type(value) not in (str, int):
-        raise UserError(f"its {name} is {type(value).__name__}, not text")
+        several = "; make a record of each answer" if isinstance(value, list) and name == "response" else ""
+        raise UserError(f"its {name} is {type(value).__name__}, not text{several}")
     text = str(value).encode(errors="replace").decode()  # JSON can hold half of a surrogate pair
     notes["unpaired surrogate, replaced by ?"] += text != str(value)
     return text
@@ -171,42 +157,34 @@ def encode_conversation(tokenizer, messages, template):
     pieces = PIECE.findall(render(template, marked, tokenizer))
     if sorted(int(number) for *_, number, _ in pieces if number) != list(range(len(contents))):
         raise UserError("the chat template leaves out or repeats messages: choose another format with --template")
-    # prompt: text that is not encoded yet; learn: right after a response, whether it is learned
-    ids, is_label, prompt, learn, rendered = [], [], "", None, ""
-
-    def add(new_ids, flag=False):
-        """Add token ids after those of the prompt."""
-        nonlocal prompt
-        prompt_ids, prompt = tokenizer.encode(prompt).tolist(), ""
-        ids.extend([*prompt_ids, *new_ids])
-        is_label.extend([False] * len(prompt_ids) + [flag] * len(new_ids))
-
+    # parts: (text or token id, whether it is a label); None for a prompt's text, which is encoded with its neighbors
+    parts, learn, rendered = [], None, ""
     for own_text, space, left, number, right in pieces:
         rendered += own_text
         if learn is not None:  # a response ends with the token after it, or with end-of-text, and the model learns that
-            end = tokenizer.response_ends.match(own_text)
-            add([tokenizer.ids_of_markers[end[0]] if end else tokenizer.eot], learn)
-            own_text, learn = own_text[end.end() if end else 0 :], None
+            end = tokenizer.markers.match(own_text)
+            parts.append((tokenizer.ids_of_markers[end[0]] if end else tokenizer.eot, learn))
+            own_text = own_text[end.end() if end else 0 :]
             if not number:  # nothing follows the end of the last response
                 break
-        for i, text in enumerate(tokenizer.markers.split(own_text)):  # text, special token, text, ...
-            if i % 2:
-                add([tokenizer.ids_of_markers[text]])
-            else:
-                prompt += text
+        for i, text in enumerate(tokenizer.markers.split(own_text)):  # text, added token, text, ...
+            parts.append((tokenizer.ids_of_markers[text], False) if i % 2 else (text, None))
         if number:
             text, message = contents[int(number)]
             text = text if left else text.lstrip()
             text = space + (text if right else text.rstrip())
             rendered += text
-            if message["role"] == "user":
-                prompt += text
-            else:
-                learn = message.get("learn", True)
-                add(tokenizer.encode(text).tolist(), learn)
-    add([])
+            learn = None if message["role"] == "user" else message.get("learn", True)
+            parts.append((text, learn))
     if rendered != render(template, plain, tokenizer):
         raise UserError("the chat template changes the text of a message: choose another format with --template")
+    ids, is_label = [], []
+    for flag, group in itertools.groupby(parts, key=lambda part: part[1]):
+        values = [value for value, _ in group]
+        for value in ["".join(values)] if flag is None else values:
+            new_ids = [value] if isinstance(value, int) else tokenizer.encode(value).tolist()
+            ids += new_ids
+            is_label += [bool(flag)] * len(new_ids)
     if too_large := [i for i in ids if i >= tokenizer.rows]:
         raise UserError(f"the chat template has a token with the id {too_large[0]}, beyond the model's embedding")
     return ids, is_label

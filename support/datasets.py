@@ -35,10 +35,9 @@ def open_dataset(name):
             raise ValueError("dtype or floor_bits_per_byte has the wrong type")
         for split in ("train", "val"):
             size, tokens = (path / f"{split}.bin").stat().st_size, meta[split]["tokens"]
-            expected = tokens * np.dtype(meta["dtype"]).itemsize
             if not (tokens > 0 < meta[split]["bytes"]):
                 raise ValueError(f"no tokens in {split}")
-            if size != expected:
+            if size != (expected := tokens * np.dtype(meta["dtype"]).itemsize):
                 raise ValueError(f"{tokens} tokens in {split}.bin are {expected} bytes, the file has {size}")
     return Dataset(path, meta, tokenizer)
 
@@ -66,30 +65,23 @@ def fingerprint(path, tokenizer):
 
 
 def output_directory(dataset, name, source):
-    """Return data/<name>; by default it is named after --dataset. Raises UserError if it holds anything but a dataset
-    prepared from the same source."""
+    """Return data/<name>. Raises UserError if it holds anything but a dataset prepared from the same source."""
     path = Path(dataset)
     name = name or (path.resolve().stem if os.path.exists(path) else path.name)
     if not name.isprintable() or len(name.encode()) > 200 or re.search(r"[/\\]|^\.{0,2}$|\.(part|replaced)$", name):
         raise UserError(f"--name={name!r}: give the plain name of a folder in data/, without .part or .replaced")
     out = DATA / name
     for suffix in ("", ".part", ".replaced"):
-        check_is_ours(out.with_name(name + suffix), source)
+        folder, found, fix = out.with_name(name + suffix), None, "choose another --name, or delete it"
+        is_dir = folder.is_dir() and not folder.is_symlink()
+        if not os.path.lexists(folder) or (is_dir and not os.listdir(folder)):
+            continue
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found = json.loads((folder / "meta.json").read_text())["source"]
+        if found is None or not is_dir:
+            raise UserError(f"{folder} exists and is not a prepared dataset: {fix}")
+        if found != source:
+            raise UserError(f"{folder} was prepared from {found}, not from {source}: {fix}")
     if latest_intact_dir(out) != out:
         os.replace(latest_intact_dir(out), out)
     return out
-
-
-def check_is_ours(path, source):
-    """Raise UserError unless `path` is missing, an empty folder, or a dataset, finished or not, from this source."""
-    is_dir = path.is_dir() and not path.is_symlink()
-    if not os.path.lexists(path) or (is_dir and not os.listdir(path)):
-        return
-    found, fix = None, "choose another --name, or delete it"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        file = path / ("meta.json" if (path / "meta.json").exists() else "task.json")
-        found = json.loads(file.read_text())["source"]
-    if found is None or not is_dir:
-        raise UserError(f"{path} exists and is not a prepared dataset: {fix}")
-    if found != source:
-        raise UserError(f"{path} was prepared from {found}, not from {source}: {fix}")

@@ -4,7 +4,6 @@ import csv
 import io
 import itertools
 import json
-import mmap
 import os
 import re
 from pathlib import Path
@@ -25,44 +24,39 @@ def kind_of(path):
 
 
 def open_splits(path, kinds=TEXTS + ROWS):
-    """Return {"train": files, "val": files} of the file or folder `path`, without "val" if it has no validation split.
-    Print which files are left out."""
-    files, left_out = source_files(path, kinds)
-    for why in sorted(set(left_out.values())):
-        names = [str(f.relative_to(path)) if f != path else f.name for f in left_out if left_out[f] == why]
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        print(f"{path}: left out ({why}): {', '.join(names[:5])}{more}")
-    if not files:
-        raise UserError(f"{path}: no {', '.join(kinds)} file here, plain or .gz, .bz2, .zst")
-    val = [file for file in files if names_split("val|valid|validation|dev", file, path)]
-    train = [file for file in files if file not in val]
-    return {"train": train, "val": val} if train and val else {"train": files}
-
-
-def source_files(path, kinds=TEXTS + ROWS):
-    """Return (the files of a corpus, {left-out file: reason}). The corpus is the file `path`, or all files below the
-    folder `path` that are not hidden. A file with a second link to it is read once. kinds: suffixes to read."""
-    found, seen = [Path(path)] if os.path.isfile(path) else [], set()
+    """Return {"train": files, "val": files}, without "val" if no file is named as a validation split. The files are the
+    file `path`, or all files of these kinds below the folder `path` that are not hidden. A file with a second link to
+    it is read once. Print which files are left out."""
+    found, seen, files, left_out = [path] if os.path.isfile(path) else [], set(), {}, {}
     for folder, folders, names in os.walk(path, followlinks=True):
         is_new = os.path.realpath(folder) not in seen  # links can make a loop
         seen.add(os.path.realpath(folder))
         folders[:] = sorted(name for name in folders if is_new and not name.startswith("."))
         found += [Path(folder, name) for name in names if is_new and not name.startswith(".")]
-    files, left_out = {}, {}
     for file in sorted(found):
+        real, why = os.path.realpath(file), ""
         if not os.path.isfile(file):
-            left_out[file] = "a broken link, or not a regular file"
+            why = "a broken link, or not a regular file"
         elif kind_of(file) not in kinds:
-            left_out[file] = "texts, not records" if kind_of(file) else "an unsupported kind"
+            why = "texts, not records" if kind_of(file) else "an unsupported kind"
         elif len(found) > 1 and re.fullmatch(DESCRIPTIONS, file.name.lower()):
-            left_out[file] = "describes a dataset"
-        elif names_split("test", file, Path(path)):
-            left_out[file] = "a test split"
-        elif (real := os.path.realpath(file)) in files:
-            left_out[file] = f"the same file as {files[real].name}"
+            why = "describes a dataset"
+        elif names_split("test", file, path):
+            why = "a test split"
+        elif real in files:
+            why = f"the same file as {files[real].name}"
+        if why:
+            left_out.setdefault(why, []).append(file.name if file == path else str(file.relative_to(path)))
         else:
             files[real] = file
-    return list(files.values()), left_out
+    for why, names in sorted(left_out.items()):
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        print(f"{path}: left out ({why}): {', '.join(names[:5])}{more}")
+    if not files:
+        raise UserError(f"{path}: no {', '.join(kinds)} file here, plain or .gz, .bz2, .zst")
+    val = [file for file in files.values() if names_split("val|valid|validation|dev", file, path)]
+    train = [file for file in files.values() if file not in val]
+    return {"train": train, "val": val} if train and val else {"train": train or val}
 
 
 def names_split(words, file, folder):
@@ -78,24 +72,21 @@ def read_files(files, separator, text_column, max_bad_rows=0.1, notes=None):
 
 
 def open_binary(path):
-    """Open a file for reading bytes, uncompressed."""
-    if path.suffix.lower() not in COMPRESSED:
-        return open(path, "rb")
+    """Open a file for reading bytes, uncompressed. A plain file is mapped, so it may exceed the memory."""
     import pyarrow  # slow to import
 
-    return pyarrow.input_stream(str(path), compression=COMPRESSED[path.suffix.lower()])
+    file, compression = pyarrow.memory_map(str(path)), COMPRESSED.get(path.suffix.lower())
+    return pyarrow.CompressedInputStream(file, compression) if compression else file
 
 
 def read_txt(path, separator):
-    """Yield (place, document) of a text file, one by one, so that the file may be larger than memory. A line end in
-    the separator matches Windows line ends too."""
+    """Yield (place, document) of a text file. A line end in the separator matches Windows line ends too."""
     pattern = re.compile(re.escape(separator).replace(b"\\\n", b"\r?\n"))
     with user_errors(f"{path}: not readable"), open_binary(path) as f:
-        can_map = path.suffix.lower() not in COMPRESSED and os.path.getsize(path)
-        text, start = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if can_map else f.read(), 0
+        text, start = f.read_buffer(), 0
         for end, next_start in itertools.chain(map(re.Match.span, pattern.finditer(text)), [(len(text), 0)]):
             try:
-                document = text[start:end].decode().removeprefix("\ufeff")  # Windows' byte order mark
+                document = str(text[start:end], "utf-8").removeprefix("\ufeff")  # Windows' byte order mark
             except UnicodeDecodeError as e:
                 why = f"not UTF-8 at byte {start + e.start}; convert it, for example with iconv"
                 raise UserError(f"{path}: {why}") from None
@@ -121,12 +112,10 @@ def read_tables(path):
 
     if path.suffix.lower() == ".parquet":
         batches = pyarrow.parquet.ParquetFile(path).iter_batches(1000)
-    else:
-        source = pyarrow.memory_map(str(path))
-        is_file = source.read(6) == b"ARROW1"
-        source.seek(0)
-        reader = pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
-        batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+    else:  # read_all() of a mapped file copies nothing
+        source = open_binary(path).read_buffer()
+        open_arrow = pyarrow.ipc.open_file if source[:6] == b"ARROW1" else pyarrow.ipc.open_stream
+        batches = open_arrow(source).read_all().to_batches(1000)
     rows = (row for batch in batches for row in batch.to_pylist())
     yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
@@ -160,11 +149,10 @@ def read_json(path):
                 yield f"line {number}", ValueError(f"not JSON: {first_line(e)}")
 
 
-def column(rows, name, source, max_bad_rows=0.1, notes=None):
-    """Yield the texts in one column of rows, from read_txt(), read_rows() or the Hub. source: their name, for messages.
-
-    Rows without a text in this column are left out and counted, and so are empty texts. Raises UserError if rows
-    without a text are a larger share than max_bad_rows."""
+def column(rows, name, source, max_bad_rows, notes):
+    """Yield the texts in one column of rows, from read_txt(), read_rows() or the Hub. Rows without a text there, and
+    empty texts, are left out and counted. Raises UserError if rows without a text are a larger share than max_bad_rows.
+    source: the name of the rows, for messages."""
     note = {"rows": 0, "unreadable": 0, "empty": 0, "repaired": 0, "line_ends": 0, "first": ""}
     if notes is not None:
         notes[source] = note

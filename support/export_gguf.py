@@ -63,9 +63,7 @@ def add_gguf_tokenizer(writer, tokenizer, num_rows):
     it is BPE with byte fallback like Gemma's. num_rows: rows of the embedding, each of which gets a token."""
     model = tokenizer.spec["model"]
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    taken = model["vocab"].keys() | tokenizer.ids_of_markers.keys()
-    tokens = [f"[unused{i}]" + "_" * (f"[unused{i}]" in taken) for i in range(num_rows)]
-    types = [TokenType.UNUSED] * num_rows
+    tokens, types = [f"[unused row {i}]" for i in range(num_rows)], [TokenType.UNUSED] * num_rows
     for text, i in model["vocab"].items():
         is_byte = model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", text)
         tokens[i], types[i] = text, TokenType.BYTE if is_byte else TokenType.NORMAL

@@ -53,17 +53,15 @@ def lock_folder(path):
     lock_file = path.with_name(f".{path.name}.lock")
     if not os.access(path.parent, os.W_OK):  # as of a folder that is mounted into a container
         lock_file = Path(tempfile.gettempdir(), f"{str(path).replace(os.sep, '-')}.lock")
-    lock = FileLock(lock_file)
     try:
-        lock.acquire(timeout=0)
+        with FileLock(lock_file, timeout=0):
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # Windows cannot delete an open file
+                    os.unlink(lock_file)
     except Timeout:
         raise UserError(f"{path}: another process is writing to it: wait, stop it, or name another folder") from None
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # Windows cannot delete an open file
-            os.unlink(lock.lock_file)
-        lock.release()
 
 
 def fsync(path):

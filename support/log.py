@@ -1,7 +1,6 @@
 """A run's log: terminal lines, log.jsonl and its copy in Weights & Biases, loss.png, samples.txt, summary.json."""
 
 import contextlib
-import io
 import json
 import math
 import os
@@ -38,18 +37,16 @@ def say(text, in_place=False):
 
 
 class RunLog(contextlib.ExitStack):
-    """The log of one run, open inside its `with` block. Rank 0 writes it. A resumed run drops the lines that were
-    written after its checkpoint.
+    """The log of one run, until `with` ends. Rank 0 writes it. A resumed run drops what came after its checkpoint.
 
-    folder: the RunFolder. state: the run's state, with step, tokens and settings. floor: the entropy floor of the
-    validation set in bits per byte, or None."""
+    folder: the RunFolder. state: the run's step, tokens, settings. floor: entropy floor in bits per byte, or None."""
 
     def __init__(self, folder, model, state, device, dtype, max_iters, floor=None, wandb=False):
         super().__init__()
         self.folder, self.model, self.state, self.device = folder, model, state, device
         self.max_iters, self.floor, self.wandb_run = max_iters, floor, None
         self.peak_flops = peak_flops(device, dtype) * get_world_size()
-        self.skipped, self.is_torn = 0, False  # skipped steps in a row; whether the last line of log.jsonl is torn
+        self.skipped = 0  # skipped steps in a row
         self.started = time.perf_counter() - state.seconds
         self.restart_clock()
         if get_rank() == 0:
@@ -90,12 +87,13 @@ class RunLog(contextlib.ExitStack):
         self.restart_clock()
 
     def evaluation(self, metrics, line, sample):
-        """Report an evaluation: print it, add an entry to log.jsonl, and write the files that are made from the log."""
+        """Report an evaluation: print it, add it to log.jsonl and samples.txt, and write loss.png and summary.json."""
         state, path = self.state, self.folder.path
         say(f"step {state.step}: {line}\n  {sample}\n")
         self.write("eval", {"best_val_loss": state.best_val_loss, **metrics, "sample": sample})
+        title = f"--- step {state.step}, val loss {metrics['val_loss']:.4f}"
+        self.folder.try_write(append, path / "samples.txt", f"{title}\n{sample}\n\n")
         self.folder.try_write(draw_loss, path / "loss.png", [path], self.floor)
-        self.folder.try_write(write_samples, path)
         self.folder.try_write(self.write_summary, metrics)
 
     def check_finite(self, train_loss, grad_norm):
@@ -113,17 +111,12 @@ class RunLog(contextlib.ExitStack):
     def write(self, event, values):
         """Append an entry to log.jsonl, and send its numbers to Weights & Biases."""
         counters = {key: getattr(self.state, key) for key in ("step", "tokens", "seconds")}
-        self.folder.try_write(self.append, finite({"event": event, **counters, **values}))
-
-    def append(self, entry):
-        line = "\n" * self.is_torn + json.dumps(entry) + "\n"
-        self.is_torn = True
-        with open(self.folder.path / "log.jsonl", "a") as f:
-            f.write(line)
-        self.is_torn = False
-        if self.wandb_run:
+        entry = finite({"event": event, **counters, **values})
+        start = "\n" if self.folder.errors else ""  # a failed write can leave a torn line
+        self.folder.try_write(append, self.folder.path / "log.jsonl", start + json.dumps(entry) + "\n")
+        if self.wandb_run:  # wandb names numbers in a nested dict "outer.inner"
             numbers = {k: v for k, v in entry.items() if isinstance(v, int | float | dict) and k != "step"}
-            self.wandb_run.log(numbers, step=entry["step"])  # wandb names numbers in a nested dict "outer.inner"
+            self.folder.try_write(self.wandb_run.log, numbers, self.state.step)
 
     def write_summary(self, metrics):
         """Write summary.json: the run's settings, progress and metrics, for other programs."""
@@ -146,24 +139,27 @@ def finite(value):
     return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
+def append(path, text):
+    """Append a text to a file."""
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(text)
+
+
 LOSS_OF = {"step": "train_loss", "eval": "val_loss", "skipped": "train_loss"}  # the loss in each kind of event
 
 
 def read_log(path, event=None):
-    """Return the entries of a log.jsonl, or those of one event. Keep events of other code; drop lines torn by a crash
-    or a full disk."""
+    """Return the entries of a log.jsonl, or those of one event with a finite loss. Damaged lines are left out."""
     entries = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            entries.append(json.loads(line))
-    entries = [entry for entry in entries if isinstance(entry, dict) and is_whole(entry)]
-    return [entry for entry in entries if event in (None, entry.get("event"))]
-
-
-def is_whole(entry):
-    if loss := LOSS_OF.get(str(entry.get("event"))):
-        return isinstance(entry.get("step"), int) and isinstance(entry.get(loss, ""), float | None)
-    return isinstance(entry.get("step", 0), int)
+        with contextlib.suppress(ValueError, AttributeError):  # torn by a crash or a full disk, or not an object
+            entry = json.loads(line)
+            loss = LOSS_OF.get(str(entry.get("event")))  # None for an event of other code
+            has_step = isinstance(entry.get("step", None if loss else 0), int)
+            is_wanted = event is None or (entry.get("event") == event and entry.get(loss) is not None)
+            if is_wanted and has_step and isinstance(entry.get(loss), float | None):
+                entries.append(entry)
+    return entries
 
 
 def draw_loss(path, out_dirs, floor=None):
@@ -174,49 +170,39 @@ def draw_loss(path, out_dirs, floor=None):
     fig, lowest = Figure(figsize=(11, 4.5), layout="constrained"), math.inf
     axes = fig.subplots(1, 2, sharey=True)
     for i, out_dir in enumerate(out_dirs):
-        steps = [e for e in read_log(out_dir / "log.jsonl", "step") if e["train_loss"] is not None]
-        if not (evals := [e for e in read_log(out_dir / "log.jsonl", "eval") if e["val_loss"]]):
-            continue
-        in_bits = evals[0].get("val_bpb") is not None
-        unit = evals[0]["val_bpb"] / evals[0]["val_loss"] if in_bits else 1
+        steps, evals = (read_log(out_dir / "log.jsonl", event) for event in ("step", "eval"))
+        if not evals:
+            return
+        bits = evals[0].get("val_bpb")
+        unit = bits / evals[0]["val_loss"] if bits else 1
         train_losses, val_losses = [unit * e["train_loss"] for e in steps], [unit * e["val_loss"] for e in evals]
         lowest = min(lowest, *val_losses)
         for ax, label, key, per in zip(axes, ("step", "minutes"), ("step", "seconds"), (1, 60), strict=True):
             ax.plot([e[key] / per for e in steps], train_losses, f"C{i}", lw=0.6, alpha=0.4)
             ax.plot([e[key] / per for e in evals], val_losses, f"C{i}o-", ms=3, label=out_dir.name)
-            ax.set(xlabel=label, ylabel="bits per byte" if in_bits else "nats per token")
-    for ax in axes if lowest < math.inf else []:
+            ax.set(xlabel=label, ylabel="bits per byte" if bits else "nats per token")
+    for ax in axes:
         if floor:
             ax.axhline(floor, color="black", ls=":", lw=1, label="entropy floor")
         ax.set_ylim(0.9 * (floor or lowest), 3 * lowest)
         ax.grid(alpha=0.3)
         ax.legend()
-    picture = io.BytesIO()
-    fig.savefig(picture, format="png", dpi=100)
-    write_atomically(path, picture.getvalue())
+    fig.savefig(path, dpi=100)
 
 
 def compare_runs(out_dirs):
     """Print the last evaluation of several runs, and plot them all in compare.png, beside the first run's folder."""
     units = set()
     for out_dir in out_dirs:
-        evals = [e for e in read_log(out_dir / "log.jsonl", "eval") if e["val_loss"]]
+        evals = read_log(out_dir / "log.jsonl", "eval")
         if not evals:
             raise UserError(f"--compare: {out_dir / 'log.jsonl'} has no evaluation")
-        last = evals[-1]
-        in_bits = last.get("val_bpb") is not None
-        units.add(in_bits)
-        loss = f"{last['val_bpb']:.4f} bits per byte" if in_bits else f"{last['val_loss']:.4f} nats per token"
-        print(f"{out_dir}: {loss} after {last['step']:,} steps, {last['tokens']:,} tokens, "
+        last, bits = evals[-1], evals[-1].get("val_bpb")
+        loss, unit = (bits, "bits per byte") if bits else (last["val_loss"], "nats per token")
+        units.add(unit)
+        print(f"{out_dir}: {loss:.4f} {unit} after {last['step']:,} steps, {last['tokens']:,} tokens, "
               f"{last['seconds'] / 60:.1f} minutes\n  {last['sample']}\n")  # fmt: skip
     if len(units) > 1:
         raise UserError("--compare: pretraining is in bits per byte, tuning in nats per token: name one kind of run")
     draw_loss(path := out_dirs[0].with_name("compare.png"), out_dirs)
     print(f"drawn to {path}")
-
-
-def write_samples(out_dir):
-    """Write samples.txt from log.jsonl: the text that the model wrote at each evaluation."""
-    evals = read_log(out_dir / "log.jsonl", "eval")
-    texts = [f"--- step {e['step']}, val loss {e['val_loss'] or math.nan:.4f}\n{e.get('sample')}\n\n" for e in evals]
-    write_atomically(out_dir / "samples.txt", "".join(texts))

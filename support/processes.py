@@ -72,21 +72,16 @@ def shutdown_distributed(code=0):
         sys.exit(code)
 
 
-class StopSignals:
-    """SIGTERM and Ctrl-C in its `with` block set a flag, so that the run can save. A second Ctrl-C ends it at once."""
+class StopSignals(contextlib.ExitStack):
+    """SIGTERM and Ctrl-C set a flag until `with` ends, so that the run can save. A second Ctrl-C ends it at once."""
 
     def __init__(self, device):
+        super().__init__()
         self.device = device
         self.received = 0  # the number of the first signal that this process received
         self.stop_signal = 0  # the number of the signal that stops all processes
-
-    def __enter__(self):
-        self.handlers = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.callback(signal.signal, number, signal.signal(number, self.receive))
 
     def receive(self, number, _frame):
         if self.received and number == signal.SIGINT and get_world_size() == 1:  # under torchrun it arrives twice
@@ -97,8 +92,7 @@ class StopSignals:
                 os.write(1, f"{signal.Signals(number).name}: saving, then stopping\n".encode())
 
     def stop_requested(self):
-        """Return whether any process received a signal. All processes get the same answer: a signal that arrives during
-        the all-reduce counts at the next call."""
+        """Return whether any process received a signal before this all-reduce. All processes get the same answer."""
         if not self.stop_signal and all_reduce_sum(torch.tensor(self.received), self.device).item():
             self.stop_signal = self.received or signal.SIGTERM
         return bool(self.stop_signal)
@@ -152,9 +146,8 @@ def loading_device(fsdp, device):
 
 
 def apply_fsdp(model, device):
-    """Shard a model by FSDP2. Rank 0 has its weights; afterwards each process keeps a shard of every weight, and
-    gathers a block's weights while it computes with them. Weights are gathered in float32 and cast by autocast, so
-    that the arithmetic is the same as in one process."""
+    """Shard a model by FSDP2. Rank 0 has its weights. Blocks are gathered in float32 and cast by autocast, so that the
+    arithmetic is the same as in one process."""
     from torch.distributed.fsdp import fully_shard  # takes half a second to import
 
     weights = dict(model.state_dict())
@@ -165,26 +158,21 @@ def apply_fsdp(model, device):
     model.to_empty(device=device)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(distribute(weights.pop(name), p))
-
-
-def distribute(tensor, like):
-    """Return rank 0's tensor, sharded like the DTensor `like`, or whole if the shapes differ (a step counter)."""
-    tensor = torch.empty_like(tensor, device=like.device) if tensor.is_meta else tensor.to(like.device)
-    if tensor.shape != like.shape:
-        dist.broadcast(tensor, 0)
-        return tensor
-    return shard_like(tensor, like, source=0)
+            p.copy_(shard_like(weights.pop(name), p, source=0))
 
 
 def shard_like(tensor, like, source=None):
-    """Return this process's shard of a tensor, or all of it if `like` is not a DTensor. source: the rank that has the
-    tensor; None: every process has it."""
+    """Return this process's shard of a tensor. The whole tensor is returned if `like` is not a DTensor, or has another
+    shape (a step counter). source: the rank that has the tensor; None: every process has it."""
     if not hasattr(like, "full_tensor"):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=source)
+    tensor = torch.empty_like(tensor, device=like.device) if tensor.is_meta else tensor.to(like.device)
+    if tensor.shape == like.shape:
+        return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=source)
+    dist.broadcast(tensor, source)
+    return tensor
 
 
 def full_tensor(tensor):

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from model import Gemma, GemmaConfig, tensor_shapes
 from support.files import atomic_replace_dir, latest_intact_dir, lock_folder
 from support.log import say
-from support.processes import distribute, full_tensor_on_rank0, get_rank
+from support.processes import full_tensor_on_rank0, get_rank, shard_like
 from support.settings import Failure, UserError, first_line, user_errors
 
 # evaluated: the step of the last evaluation
@@ -32,7 +32,6 @@ def new_state(fingerprint, settings):
 
 class RunFolder(contextlib.ExitStack):
     """The folder of one run, locked until the end of `with`. An earlier run in it is moved aside, unless it is resumed.
-
     Rank 0 writes. A failed write, for example on a full disk, is reported and added to `errors`; training goes on."""
 
     def __init__(self, out_dir, init_from):
@@ -86,14 +85,14 @@ def resolve_init_from(out_dir, init_from):
         is_same_job = job.exists() and job.read_text() == os.environ.get("TORCHELASTIC_RUN_ID")
         if is_restarted and is_same_job and latest_intact_dir(path / "last").exists():
             return "resume"
-        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        if init_from == "resume" or not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return init_from
-        resolved, is_new = path.resolve(), init_from != "resume"
-        if is_new and not any((resolved / name).exists() for name in ("log.jsonl", "last", "best", ".job")):
+        resolved = path.resolve()
+        if not any((resolved / name).exists() for name in ("log.jsonl", "last", "best", ".job")):
             raise UserError(f"--out_dir={out_dir}: has files that are not from a nanoGemma run: name another folder")
-        if is_new and (path.is_symlink() or os.path.ismount(resolved) or Path.cwd().is_relative_to(resolved)):
+        if path.is_symlink() or os.path.ismount(resolved) or Path.cwd().is_relative_to(resolved):
             raise UserError(f"--out_dir={out_dir}: the run in it cannot be moved aside: name another folder")
-        if is_new and Path(init_from).resolve().is_relative_to(resolved):
+        if Path(init_from).resolve().is_relative_to(resolved):
             raise UserError(f"--out_dir={out_dir}: contains the model to start from: name another folder")
         if get_rank() == 0:
             with lock_folder(path):  # raises UserError if another run holds it
@@ -142,15 +141,13 @@ def check_architecture(arch, config, path):
 
 def read_state(path, fingerprint, settings, fixed, fsdp=False):
     """Return the state in the checkpoint `path`, to resume the run. The data (its fingerprint) and the settings named
-    in `fixed` must be those of the run; other changed settings are printed. fsdp: only rank 0 gets optimizer tensors,
-    the others get empty ones."""
-    kinds = {key: type(value) for key, value in NEW_STATE.items()} | {"optimizer": dict, "settings": dict}
+    in `fixed` must be those of the run; other changes are printed. fsdp: only rank 0 gets optimizer tensors."""
     unreadable = f"{path / 'train_state.pt'} cannot be read by this version; start a new run with --init_from={path}"
     with user_errors(unreadable), warnings.catch_warnings(action="ignore"):  # one line is enough
         device = "meta" if fsdp and get_rank() else "cpu"
         state = SimpleNamespace(**torch.load(path / "train_state.pt", map_location=device, weights_only=True))
-        for key, kind in kinds.items():
-            if not isinstance(getattr(state, key), kind):
+        for key, value in (NEW_STATE | {"optimizer": {}, "settings": {}}).items():
+            if not isinstance(getattr(state, key), type(value)):
                 raise ValueError(f"{key} is {type(getattr(state, key)).__name__}")
     if None not in (saved := getattr(state, "dataset", None), fingerprint) and saved != fingerprint:
         raise UserError(f"the run in {path} was trained on another dataset: name that one, or start a new run")
@@ -174,12 +171,12 @@ def optimizer_state(optimizers, model):
     return {names[p]: values for optimizer in optimizers for p, values in optimizer.state.items()}
 
 
-def load_optimizers(optimizers, model, saved, fsdp):
+def load_optimizers(optimizers, model, saved):
     """Load optimizer state that any number of processes saved. Settings such as momentum are those of this run."""
     names = {p: name for name, p in model.named_parameters()}
     for optimizer in optimizers if saved else []:
         state = {}
         for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
             values = saved.get(names[p], {})
-            state[i] = {key: distribute(value, p) if fsdp else value for key, value in values.items()}
+            state[i] = {key: shard_like(value, p, source=0) for key, value in values.items()}
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -20,9 +20,8 @@ from types import ModuleType
 from typing import get_args, get_type_hints
 
 NO_LIMIT = 2**62  # for check_range(): a larger or infinite value is a mistake
-# settings that can be a path, in which ~ is the home folder. The texts of all other settings must be UTF-8
+# settings that can be a path, in which ~ is the home folder
 PATHS = {"out_dir", "init_from", "dataset", "tokenizer", "compare", "data", "model", "adapter", "export_gguf"}
-WRITTEN = {"out_dir", "export_gguf"}  # these paths appear in plots and metadata, so they must be UTF-8
 
 
 class UserError(Exception):
@@ -53,10 +52,9 @@ def user_errors(what):
 def keep_freed_memory():
     """Make glibc keep freed memory for its next use. By default large blocks go back to the kernel after every step and
     return page by page, which takes a tenth to a third of a step's time on CPUs."""
-    m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
     with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").mallopt(m_mmap_max, 0)
-        ctypes.CDLL("libc.so.6").mallopt(m_trim_threshold, -1)
+        ctypes.CDLL("libc.so.6").mallopt(-4, 0)  # M_MMAP_MAX of malloc.h
+        ctypes.CDLL("libc.so.6").mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
 def run(main, *classes):
@@ -97,13 +95,14 @@ def check_range(settings, low, high, *keys):
 
 def configure(classes, args):
     """Return one instance of each dataclass, made from command-line arguments."""
-    types = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
+    hints = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
+    types = {name: get_args(hint) or (hint,) for name, hint in hints.items()}  # (int, NoneType) for int | None
     assert len(types) == sum(len(fields(cls)) for cls in classes), "two dataclasses share a field"
     values = {}
     for arg in args:
         if arg.startswith("--") and "=" in arg:
             key, text = arg[2:].split("=", 1)  # values may contain '='
-            found = {key: literal(text) if str not in allowed_types(types.get(key)) else text}
+            found = {key: text if str in types.get(key, ()) else literal(text)}
         elif arg.endswith(".py"):
             found = read_file(arg)
         else:
@@ -112,15 +111,11 @@ def configure(classes, args):
             if key not in types:
                 near = difflib.get_close_matches(key, types, n=1)
                 raise UserError(f"{arg}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
-            values[key] = coerce(arg, key, value, allowed_types(types[key]))
+            values[key] = coerce(arg, key, value, types[key])
     try:
         return [cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values}) for cls in classes]
     except ValueError as e:  # from a dataclass's __post_init__
         raise UserError(str(e)) from None
-
-
-def allowed_types(hint):
-    return get_args(hint) or (hint,)  # (int, NoneType) for int | None
 
 
 def literal(text):
@@ -153,7 +148,7 @@ def coerce(where, key, value, allowed):
         raise UserError(f"{where}: {key}={value} must be at least 0, and finite")
     if type(value) is str and key in PATHS:  # the shell leaves --key=~/x as it is
         value = ",".join(map(os.path.expanduser, value.split(",")))  # --compare takes several
-    if type(value) is str and key not in PATHS - WRITTEN and value != value.encode(errors="replace").decode():
+    if type(value) is str and value != value.encode(errors="replace").decode():
         raise UserError(f"{key} is not UTF-8: {value.encode(errors='replace').decode()}")
     if type(value) in allowed and "\0" not in str(value):  # paths cannot contain it
         return value

@@ -17,8 +17,7 @@ END_OF_TEXT = "<|endoftext|>"
 # GPT-2 splits text into these words before merging
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # GPT-2 writes bytes as printable characters: printable bytes as themselves, the others as characters from 256 up
-PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-BYTE_TO_CHAR = {b: chr(b) for b in PRINTABLE}
+BYTE_TO_CHAR = {b: chr(b) for b in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))}
 BYTE_TO_CHAR |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in BYTE_TO_CHAR)}
 # names of special tokens if tokenizer_config.json has none. End-of-text stands in for the others
 USUAL_NAMES = {"eos_token": (END_OF_TEXT, "<eos>", "</s>", "<|end_of_text|>"),
@@ -64,12 +63,10 @@ class Tokenizer:
                 raise ValueError(f"no end-of-text token: none of {', '.join(usual)} is in added_tokens")
             self.names[key] = found[0]
         self.eot, self.bos, self.pad = (special[self.names[key]] for key in USUAL_NAMES)  # bos stands before a text
-        # chat templates contain special tokens, and may end a response with an added token that is not special
-        self.ids_of_markers = special | plain
-        self.markers, self.response_ends = (
-            re.compile("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")")
-            for names in (special, filter(str.strip, self.ids_of_markers))
-        )
+        # chat templates contain added tokens. White space stays text, because a message can continue it
+        self.ids_of_markers = {name: i for name, i in (special | plain).items() if name.strip()}
+        longest_first = sorted(self.ids_of_markers, key=len, reverse=True)
+        self.markers = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self.rows = 2**31  # of the embedding; check_rows() sets it
         # the ids that a text can have. A tokenizer may name more special tokens than its models know
         self.text_ids = {*vocab.values(), *plain.values()} - {*special.values()}
@@ -145,16 +142,13 @@ class Tokenizer:
         return self.bpe.decode(ids) if self.bpe else self.hf.decode(ids)
 
 
-LONG_WORD = 4096  # longer than any run of one kind of characters in an ordinary text
-# of white space, letters, digits, punctuation marks or underlines
-LONG_WORDS = re.compile("|".join(f"{kind}{{{LONG_WORD}}}" for kind in (r"\s", r"[^\W\d_]", r"\d", r"[^\w\s]", "_")))
+LONG_WORDS = re.compile("|".join(kind + "{4096}" for kind in (r"\s", r"[^\W\d_]", r"\d", r"[^\w\s]", "_")))
 
 
 def split_long_words(text):
-    """Return the parts of a text, cut inside runs of LONG_WORD letters, spaces and so on. A BPE's time grows with the
-    square of a word's length, and tiktoken fails on a million spaces."""
-    # cheap checks first: LONG_WORDS is slow
-    if len(text) < LONG_WORD or not re.search(rf"\S{{{LONG_WORD}}}|\s{{{LONG_WORD}}}", text):
+    """Return the parts of a text, cut after each 4,096 letters, digits, spaces or signs in a row, which ordinary text
+    does not have. A BPE's time grows with the square of a word's length, and tiktoken fails on a million spaces."""
+    if not re.search(r"\S{4096}|\s{4096}", text):  # LONG_WORDS is slower
         return [text]
     cuts = [0, *(match.end() for match in LONG_WORDS.finditer(text)), len(text)]
     return [text[a:b] for a, b in itertools.pairwise(cuts) if b > a]

@@ -47,7 +47,6 @@ def peft_adapter(path, **settings):
         ({"lora_bias": True}, "lora_bias"),
         ({"rank_pattern": {"q_proj": 2}}, "rank"),
         ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
-        ({"alpha_pattern": {"q_proj": 9}}, None),
         ({"rank_pattern": {"q_proj": 4}}, None),
         ({"layers_to_transform": [1]}, None),
         ({"exclude_modules": ["model.layers.0.self_attn.q_proj"]}, None),

@@ -5,13 +5,13 @@ import importlib
 import re
 import shlex
 import tomllib
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 from conftest import HOME
 from packaging.requirements import Requirement
 
-from support.settings import UserError, allowed_types, coerce, literal, read_file
+from support.settings import UserError, coerce, literal, read_file
 
 PAGES = [HOME / "README.md", *sorted((HOME / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?ms)^```(\w+)\n(.*?)^```")
@@ -29,7 +29,7 @@ def settings_of(script):
     found = re.findall(r"run\(main, ([\w., ]+)\)", (HOME / script).read_text(encoding="utf-8"))
     module = importlib.import_module(script.removeprefix("tests/").removesuffix(".py")) if found else None
     classes = [getattr(module, name) for name in found[-1].split(", ")] if found else []
-    return {name: allowed_types(hint) for cls in classes for name, hint in get_type_hints(cls).items()}
+    return {name: (get_args(hint) or (hint,)) for cls in classes for name, hint in get_type_hints(cls).items()}
 
 
 def check(command):

@@ -11,7 +11,7 @@ import pyarrow
 import pytest
 from conftest import STORIES, documents_of, prepared
 
-from support.documents import open_splits, read_files, read_txt, source_files
+from support.documents import open_splits, read_files, read_txt
 from support.settings import UserError
 
 
@@ -88,7 +88,7 @@ WRITERS = {
 def test_every_kind_of_file_gives_the_same_texts(tmp_path, name):
     """Of a folder with .jsonl, .jsonl.gz, .csv and .ndjson only the first was read, and nothing was said."""
     WRITERS[name](tmp_path / name)
-    files, _ = source_files(tmp_path)
+    files = open_splits(tmp_path)["train"]
     assert list(read_files(files, "<|endoftext|>", "text")) == [row["text"] for row in ROWS]
 
 
@@ -160,16 +160,15 @@ def test_reading_takes_time_in_proportion_to_the_size(tmp_path):
     assert seconds[1] < 3 * 6 * seconds[0], seconds
 
 
-def test_links_neither_loop_nor_vanish(tmp_path):
+def test_links_neither_loop_nor_vanish(tmp_path, capsys):
     """Two links to a folder above once made 2^40 paths, and a broken link was passed over."""
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.txt").write_text("a text")
     for name in ("x", "y"):
         (tmp_path / "sub" / name).symlink_to(tmp_path)
     (tmp_path / "b.txt").symlink_to(tmp_path / "missing.txt")
-    files, left_out = source_files(tmp_path)
-    assert [file.name for file in files] == ["a.txt"]
-    assert left_out == {tmp_path / "b.txt": "a broken link, or not a regular file"}
+    assert open_splits(tmp_path) == {"train": [tmp_path / "sub" / "a.txt"]}
+    assert capsys.readouterr().out == f"{tmp_path}: left out (a broken link, or not a regular file): b.txt\n"
 
 
 @pytest.mark.parametrize("content, message", [("text,text\na,b\n", "two columns have the same name"),

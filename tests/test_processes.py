@@ -213,18 +213,17 @@ def test_a_step_may_have_fewer_rows_than_there_are_processes(project):
 def test_all_processes_stop_at_the_same_step(monkeypatch):
     """A signal can arrive while the processes ask each other. Then only one of them knows it. That process once
     stopped, and the other waited for it until torchrun killed both, about one time in four."""
-    signals = processes.StopSignals("cpu")
 
     def interrupted_sum(tensor, _device):
         signals.receive(signal.SIGTERM, None)
         return tensor
 
-    monkeypatch.setattr(processes, "all_reduce_sum", interrupted_sum)
-    assert not signals.stop_requested() and signals.received == signal.SIGTERM
-    assert signals.stop_requested() and signals.stop_signal == signal.SIGTERM
-    uninformed = processes.StopSignals("cpu")
-    monkeypatch.setattr(processes, "all_reduce_sum", lambda tensor, _device: tensor + signal.SIGINT)
-    assert uninformed.stop_requested() and uninformed.stop_signal == signal.SIGTERM
+    with processes.StopSignals("cpu") as signals, processes.StopSignals("cpu") as uninformed:
+        monkeypatch.setattr(processes, "all_reduce_sum", interrupted_sum)
+        assert not signals.stop_requested() and signals.received == signal.SIGTERM
+        assert signals.stop_requested() and signals.stop_signal == signal.SIGTERM
+        monkeypatch.setattr(processes, "all_reduce_sum", lambda tensor, _device: tensor + signal.SIGINT)
+        assert uninformed.stop_requested() and uninformed.stop_signal == signal.SIGTERM
 
 
 def test_signal_handlers_are_restored():

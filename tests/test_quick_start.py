@@ -81,7 +81,10 @@ def test_the_second_chapter_follows_held_out_instructions_and_forgets_little(pro
     print(f"\n{minutes:.1f} minutes; {figures}; bits per byte on plain text {before:.4f} before, {after:.4f} after")
     assert figures["followed: all"][1] >= 0.9 and figures["followed: all"][0] < 0.1
     assert after < 1.1 * before
-    adapter, base = (path / "out/lora-fables/best/adapter_model.safetensors", path / "out/fables/best/model.safetensors")
+    adapter, base = (
+        path / "out/lora-fables/best/adapter_model.safetensors",
+        path / "out/fables/best/model.safetensors",
+    )
     assert adapter.stat().st_size <= 0.1 * base.stat().st_size
 
 

@@ -107,7 +107,7 @@ def test_a_resumed_run_trains_with_its_own_settings():
     model = Gemma(SMALL).init_weights(0)
     before = trained_for_a_step(model, TrainConfig())
     after = make_optimizers(model, TrainConfig(weight_decay=0.1, momentum=0.5, beta1=0.6))
-    load_optimizers(after, model, optimizer_state(before, model), fsdp=False)
+    load_optimizers(after, model, optimizer_state(before, model))
     assert after[0].param_groups[0]["weight_decay"] == 0.1 and after[0].param_groups[0]["momentum"] == 0.5
     assert after[1].param_groups[0]["betas"] == (0.6, 0.95)
     for old, new in zip(before, after, strict=True):

@@ -130,12 +130,11 @@ def tuned(project):
 ASK = ("--adapter=out/tuned/best", "--instruct=Who is it?", "--input=A fox.", "--max_new_tokens=20", "--temperature=0")
 
 
-def greedy_answer(project, adapter):
+def greedy_answer(project):
     """Return the model's answer to ASK, made without sample.py."""
     tokenizer = Tokenizer.load(project / "out/fables/best")
     model = Gemma.from_pretrained(project / "out/fables/best")
-    if adapter:
-        load_adapter(model, project / "out/tuned/best")
+    load_adapter(model, project / "out/tuned/best")
     messages = [{"role": "user", "content": "Who is it?", "input": "A fox."}]
     prompt = torch.tensor([encode_conversation(tokenizer, messages, TEMPLATES["short"])[0]])
     made = model.eval().generate(prompt, 20, temperature=0, stop_ids=[tokenizer.eot])
@@ -143,13 +142,7 @@ def greedy_answer(project, adapter):
 
 
 def test_an_instruction_is_rendered_as_in_training(tuned):
-    assert story(sampled(tuned, *ASK)) == greedy_answer(tuned, adapter=True)
-
-
-def test_compare_prints_the_answer_of_the_base_and_then_of_the_tuned_model(tuned):
-    base, after = sampled(tuned, *ASK, "--compare=True").split("tuned:\n\n")
-    assert base.split("base:\n\n")[1].startswith(greedy_answer(tuned, adapter=False) + "\n\n[")
-    assert after.startswith(greedy_answer(tuned, adapter=True) + "\n\n[")
+    assert story(sampled(tuned, *ASK)) == greedy_answer(tuned)
 
 
 def test_a_conversation_that_grows_too_long_starts_again(tuned, monkeypatch):
@@ -163,7 +156,6 @@ def test_a_conversation_that_grows_too_long_starts_again(tuned, monkeypatch):
     [
         (["--adapter=nowhere"], "no adapter here"),
         (["--adapter=out/tuned/best", "--model=out/nowhere"], "out/nowhere: not a directory here"),
-        (["--compare=True"], "compare needs an adapter"),
         (["--out_dir=out/tuned"], "use --adapter=out/tuned/best"),
         (["--model=out/tuned/best"], "use --adapter=out/tuned/best"),
     ],
