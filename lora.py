@@ -90,9 +90,6 @@ class TuneConfig(TrainConfig):
     eval_interval: int | None = None  # steps between evaluations, each with a checkpoint; by default an epoch
 
 
-# ---- LoRA itself -----------------------------------------------------------------------------------------------------
-
-
 class LoRALinear(nn.Module):
     """A frozen linear layer with a low-rank addition: base(x) + scale * B(A(dropout(x))). To add another kind of
     adapter, change forward() and merged() together, and the settings in save_adapter() and support/adapters.py."""
@@ -119,7 +116,6 @@ class LoRALinear(nn.Module):
 
 def add_lora(model, rank=8, alpha=16, dropout=0.0, target_modules="all-linear"):
     """Wrap linear layers of the model in LoRALinear, in place, and freeze all other parameters.
-
     target_modules: "all-linear", or the ends of layer names, such as "q_proj,mlp.up_proj" or a list of them. Raises
     ValueError for a name that matches no layer."""
     if lora_layers(model):
@@ -128,13 +124,11 @@ def add_lora(model, rank=8, alpha=16, dropout=0.0, target_modules="all-linear"):
     kinds = sorted({name.rpartition(".")[2] for name in linears})
     targets = target_modules.split(",") if isinstance(target_modules, str) else target_modules
     targets = kinds if target_modules == "all-linear" else [name.strip() for name in targets]
-    found = {target: [name for name in linears if f".{name}".endswith(f".{target}")] for target in targets}
-    if missing := sorted(target for target in targets if not found[target]):
+    if missing := [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in linears)]:
         raise ValueError(f"{', '.join(missing)}: no such linear layers; the model has {', '.join(kinds)}")
     model.requires_grad_(False)
-    wrapped = set(itertools.chain(*found.values()))
     for name, linear in linears.items():
-        if name in wrapped:
+        if f".{name}".endswith(tuple(f".{t}" for t in targets)):
             model.set_submodule(name, LoRALinear(linear, rank, alpha, dropout).train(linear.training))
     return model
 
@@ -188,15 +182,14 @@ def open_records(cfg, seed):
         held_out = corpus.records(seed, cfg.num_checked, held_out=True)
         return list(corpus.records(seed, cfg.max_records or 12_000)), list(held_out)
     if (path := Path(cfg.data)).exists():
-        splits = open_splits(path, ROWS)
-        rows = {name: ((f"{file.name}, {place}", row) for file in files for place, row in read_rows(file))
-                for name, files in splits.items()}  # fmt: skip
+        splits = {name: ((f"{file.name}, {place}", row) for file in files for place, row in read_rows(file))
+                  for name, files in open_splits(path, ROWS).items()}  # fmt: skip
     else:
         splits = load_dataset_from_hub(RECORDS_ON_THE_HUB.get(cfg.data, cfg.data), "data")
-        rows = {name: ((f"row {i}", row) for i, row in enumerate(split, 1)) for name, split in splits.items()}
+        splits = {name: ((f"row {i}", row) for i, row in enumerate(rows, 1)) for name, rows in splits.items()}
     conversations, refused, notes = {name: [] for name in splits}, [], Counter()
-    for name in splits:
-        for place, row in itertools.islice(rows[name], cfg.max_records or None):
+    for name, rows in splits.items():
+        for place, row in itertools.islice(rows, cfg.max_records or None):
             try:
                 if isinstance(row, Exception):
                     raise row
@@ -216,9 +209,8 @@ def open_records(cfg, seed):
     split, fraction = ([], []), max(cfg.val_fraction, min(0.5, 8 / count))
     for messages in conversations["train"]:
         split[is_held_out(json.dumps(messages), fraction)].append(messages)
-    larger, smaller = sorted(split, key=len, reverse=True)
-    if not smaller:  # chance can put two or three records into one split
-        smaller.append(larger.pop())
+    if not all(split):  # chance can put two or three records into one split
+        min(split, key=len).append(max(split, key=len).pop())
     return split
 
 
@@ -241,16 +233,10 @@ def pack(lengths, row_length):
         num_rows += math.ceil(num_rows / 100)
 
 
-def lengths_of(encoded):
-    """Return how many positions each record (ids, labels) takes in a row. Its last token is only a label."""
-    return [len(ids) - 1 for ids, _ in encoded]
-
-
 class InstructionTuning:
     """Instruction tuning, as a task for fit()."""
 
     floor = None  # the entropy of the responses is not known
-    memory_hint = "lower max_tokens_per_batch and raise gradient_accumulation_steps by the same factor"
 
     def __init__(self, lora_cfg, cfg, model, tokenizer, template, records, base_model="", base_fingerprint=None):
         """template: text of a chat template. records: (training conversations, held-out conversations). base_model:
@@ -264,15 +250,18 @@ class InstructionTuning:
         if not (self.train_set and self.val_set):
             which, limit = "held-out" if self.train_set else "train", lora_cfg.max_length
             raise UserError(f"--data={lora_cfg.data}: no {which} record has a response within {limit} tokens")
-        self.rows_per_batch, self.row_length = self.batch_shape()
-        lengths, val_lengths = lengths_of(self.train_set), lengths_of(self.val_set)
-        self.train_rows = pack(lengths, self.row_length)
+        lengths, val_lengths = ([len(tokens) for tokens, _ in encoded] for encoded in (self.train_set, self.val_set))
+        # all batches have one shape (rows_per_batch, row_length), so that they share one compiled graph
+        count = lora_cfg.batch_size or max(4, round(len(lengths) / 100))
+        size = min(lora_cfg.max_tokens_per_batch, round(count * sum(lengths) / len(lengths)))
+        self.rows_per_batch = max(1, size // ROW_TOKENS)
+        self.train_rows = pack(lengths, max(size // self.rows_per_batch, *lengths, *val_lengths))
         self.row_length = max(*(sum(lengths[i] for i in row) for row in self.train_rows), *val_lengths)
         self.val_rows = pack(val_lengths, self.row_length)
 
     def encode_all(self, conversations):
-        """Return [(ids, labels), ...] for the usable conversations, and these conversations, cut to size. Labels
-        are the token ids in responses, and -100 elsewhere."""
+        """Return [(tokens, labels), ...] for the usable conversations, and these conversations, cut to size. A label
+        is the next token if it belongs to a response, and -100 elsewhere."""
         encoded, used = [], []
         for messages in conversations:
             if (shortened := self.shorten(messages)) is None:
@@ -283,8 +272,8 @@ class InstructionTuning:
             if not self.tokenizer.bpe:
                 texts = [m[key] for m in kept for key in ("content", "input") if m.get(key)]
                 self.changed.update(t[:60] for t in texts if self.tokenizer.decode(self.tokenizer.encode(t)) != t)
-            labels = [t if flag else -100 for t, flag in zip(ids, is_response, strict=True)]
-            encoded.append((torch.tensor(ids), torch.tensor(labels)))
+            ids = torch.tensor(ids)
+            encoded.append((ids[:-1], ids.where(torch.tensor(is_response), -100)[1:]))
             used.append(kept)
         return encoded, used
 
@@ -310,14 +299,6 @@ class InstructionTuning:
                 return None
             messages = [user | {"input": text[:length]}, assistant]
 
-    def batch_shape(self):
-        """Return (rows per batch, tokens per row), the same for all batches, so that they share one compiled graph."""
-        lengths, cfg = lengths_of(self.train_set), self.lora_cfg
-        records = cfg.batch_size or max(4, round(len(lengths) / 100))
-        tokens = min(cfg.max_tokens_per_batch, round(records * sum(lengths) / len(lengths)))
-        rows = max(1, tokens // ROW_TOKENS)
-        return rows, max(tokens // rows, *lengths, *lengths_of(self.val_set))
-
     def collate(self, encoded, rows):
         """Return tokens, labels and doc_ids (B, T) of the given rows, padded to a whole batch."""
         shape = self.rows_per_batch, self.row_length
@@ -325,17 +306,16 @@ class InstructionTuning:
         for row, records in enumerate(rows):
             start = 0
             for number, i in enumerate(records, 1):
-                ids, labels = encoded[i]
-                end = start + len(ids) - 1
-                x[row, start:end], y[row, start:end], doc_ids[row, start:end] = ids[:-1], labels[1:], number
+                tokens, labels = encoded[i]
+                end = start + len(tokens)
+                x[row, start:end], y[row, start:end], doc_ids[row, start:end] = tokens, labels, number
                 start = end
         return x, y, doc_ids
 
     def micro_batches(self, step):
-        accumulated, seed = self.cfg.gradient_accumulation_steps, self.cfg.seed
-        indices = epoch_shuffled_indices(len(self.train_rows), accumulated * self.rows_per_batch, seed, step)
-        batches = indices.reshape(accumulated, -1)
-        return [self.collate(self.train_set, [self.train_rows[i] for i in batch]) for batch in batches]
+        size = self.rows_per_batch * self.cfg.gradient_accumulation_steps
+        rows = epoch_shuffled_indices(len(self.train_rows), size, self.cfg.seed, step).reshape(-1, self.rows_per_batch)
+        return [self.collate(self.train_set, [self.train_rows[i] for i in part]) for part in rows]
 
     def validation_sets(self):
         starts = range(0, len(self.val_rows), self.rows_per_batch)
@@ -351,15 +331,13 @@ class InstructionTuning:
         limit, stops = self.model.config.max_position_embeddings, [self.end, self.tokenizer.eot]
         prompts = [encode_conversation(self.tokenizer, messages[:-1], self.template)[0] for messages in conversations]
         limits = [min(n, limit - len(ids)) for n, ids in zip(max_new_tokens, prompts, strict=True)]
-        answers = [""] * len(prompts)
         # a batch has either short or long answers, and prompts of similar length
-        order = np.lexsort(([len(ids) for ids in prompts], [n > 100 for n in limits]))
+        order, answers = np.lexsort(([len(ids) for ids in prompts], [n > 100 for n in limits])), {}
         for batch in (order[i : i + 128] for i in range(0, len(order), 128)):
             batch_prompts, batch_limits = [prompts[i] for i in batch], [limits[i] for i in batch]
             texts = complete(self.model, self.tokenizer, batch_prompts, batch_limits, stop_ids=stops, temperature=0)
-            for i, text in zip(batch, texts, strict=True):
-                answers[i] = text.strip()
-        return answers
+            answers.update(zip(batch, texts, strict=True))
+        return [answers[i].strip() for i in range(len(prompts))]
 
     def sample(self):
         """Return the first held-out instruction with the model's answer."""
@@ -380,7 +358,7 @@ class InstructionTuning:
         (path / "instruct.json").write_text(json.dumps(instruct) + "\n")
 
 
-@runtime_errors(InstructionTuning.memory_hint)
+@runtime_errors("lower max_tokens_per_batch and raise gradient_accumulation_steps by the same factor")
 def main(lora_cfg, cfg):
     device, compile = set_up(cfg.device, cfg.dtype, cfg.compile, cfg.fsdp)
     out_dir = cfg.out_dir or f"out/lora-{Path(lora_cfg.data).stem}"
@@ -465,18 +443,17 @@ def fill_in(task, before):
 def print_plan(task):
     """Print what will be trained, and for how long."""
     cfg, trainable = task.cfg, sum(p.numel() for p in task.model.parameters() if p.requires_grad)
-    per_step = cfg.gradient_accumulation_steps * task.rows_per_batch / len(task.train_rows)  # share of an epoch
-    tokens = sum(lengths_of(task.train_set)) * per_step
-    padding = 1 - tokens / cfg.gradient_accumulation_steps / task.rows_per_batch / task.row_length
+    rows, count = task.rows_per_batch * cfg.gradient_accumulation_steps, len(task.train_rows)  # of a step, of an epoch
+    tokens = sum(len(tokens) for tokens, _ in task.train_set) / count  # of a row, without padding
     print(f"data: {len(task.train_set):,} records to train on, {len(task.val_set):,} held out; {task.cut:,} cut to "
           f"max_length={task.lora_cfg.max_length}, {task.dropped:,} dropped (too long, or no response); in "
-          f"{len(task.train_rows):,} rows of {task.row_length}, {padding:.1%} padding")  # fmt: skip
+          f"{count:,} rows of {task.row_length}, {1 - tokens / task.row_length:.1%} padding")  # fmt: skip
     if task.changed:
         print(f"{task.changed.total():,} texts change when they are encoded and decoded, such as {min(task.changed)!r}")
     print(f"training {trainable:,} of {task.model.num_params():,} parameters: {cfg.max_iters:,} steps of "
-          f"{tokens:,.0f} tokens, {cfg.max_iters * per_step:.1f} epochs; learning rate {cfg.learning_rate:.2g}, "
-          f"{warmup_steps(cfg):,.0f} steps of warmup")  # fmt: skip
-    if (rows := task.rows_per_batch * cfg.gradient_accumulation_steps) < get_world_size():
+          f"{tokens * rows:,.0f} tokens, {cfg.max_iters * rows / count:.1f} epochs; learning rate "
+          f"{cfg.learning_rate:.2g}, {warmup_steps(cfg):,.0f} steps of warmup")  # fmt: skip
+    if rows < get_world_size():
         print(f"warning: a step has {rows} rows, fewer than there are processes: some stay idle")
 
 
@@ -503,8 +480,7 @@ def report(task, state, after):
     """Print the comparison of before and after, and append it to samples.txt and log.jsonl."""
     (shares_before, answers_before), (shares_after, answers_after) = state.before, after
     out_dir, lines = Path(task.cfg.out_dir), []
-    evals = read_log(out_dir / "log.jsonl", "eval")
-    losses = [(entry["val_loss"] or math.nan, entry["step"]) for entry in evals] or [(math.nan, state.step)]
+    losses = [(e["val_loss"], e["step"]) for e in read_log(out_dir / "log.jsonl", "eval")] or [(math.nan, state.step)]
     (first, _), (best, best_step), (last, last_step) = losses[0], min(losses), losses[-1]
     for shares, loss in ((shares_before, first), (shares_after, state.best_val_loss)):
         shares |= {"response loss": loss, "response perplexity": math.exp(min(loss, 99))}

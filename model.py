@@ -6,9 +6,8 @@ All of Gemma 3 in one file: configuration, layers, generation with a KV cache, l
     for token in model.generate(prompt, max_new_tokens=100):   # (B, T) -> a (B,) tensor per step
         ...
 
-Modules and settings have the same names as in transformers' Gemma3ForCausalLM. So a strict load_state_dict loads its
-checkpoints, and transformers opens ours. The mathematics follows google/gemma_pytorch (gemma/model.py) and
-transformers (modeling_gemma3.py).
+Modules and settings have the names of transformers' Gemma3ForCausalLM, so each opens the other's checkpoints. The
+mathematics follows google/gemma_pytorch (gemma/model.py) and transformers (modeling_gemma3.py).
 
 Letters in shapes: B batch, T time, C hidden_size, H attention heads, K key/value heads, D head_dim, V vocabulary.
 """
@@ -121,11 +120,10 @@ QUERY_BLOCK = 128  # queries in a block of blocked_attention()
 
 
 def blocked_attention(q, k, v, window, scale, dropout, doc_ids=None):
-    """Causal attention of q (B, H, T, D) to k, v (B, K, T, D). Each query sees its own key and the
-    window - 1 keys before it. With doc_ids (B, T), it sees only the keys of its own document.
-
-    Queries are multiplied in blocks, and only by keys that the block can see, so keys outside the window cost nothing.
-    On CPUs this is faster than PyTorch's flash kernel, above all backward (tests/benchmark.py --job=attention)."""
+    """Causal attention of q (B, H, T, D) to k, v (B, K, T, D). Each query sees its own key and the window - 1 keys
+    before it, with doc_ids (B, T) only those of its own document. Queries are multiplied in blocks, and only by keys
+    that the block can see, so keys outside the window cost nothing. On CPUs this is faster than PyTorch's flash kernel,
+    above all backward (tests/benchmark.py --job=attention)."""
     (B, H, T, D), K = q.shape, k.shape[1]
     # int32, because a CPU's vector register holds twice as many int32 as int64
     positions, blocks = torch.arange(T, device=q.device, dtype=torch.int32), []
@@ -176,10 +174,8 @@ class Attention(nn.Module):
     def __init__(self, config, layer, dropout):
         super().__init__()
         C, D = config.hidden_size, config.head_dim
-        self.layer = layer
-        self.head_dim = D
+        self.layer, self.head_dim, self.dropout = layer, D, dropout
         self.scale = config.query_pre_attn_scalar**-0.5
-        self.dropout = dropout
         self.q_proj = Linear(C, config.num_attention_heads * D, bias=False)
         self.k_proj = Linear(C, config.num_key_value_heads * D, bias=False)
         self.v_proj = Linear(C, config.num_key_value_heads * D, bias=False)
@@ -250,10 +246,8 @@ CHUNK = 2**24  # logits that LinearCrossEntropy computes at once: 64 MB, and 128
 class LinearCrossEntropy(torch.autograd.Function):
     """The head and its cross-entropy, summed over the labels that are not -100. It never holds all logits, because for
     B 32, T 1024 and a vocabulary of 50,304 they would take 6.6 GB. forward() works in chunks of positions: it computes
-    a chunk's logits, its loss and at once its gradients. backward() only scales these gradients.
-
-    The gradient is written by hand. If you change the logits, change the line of `grad` too. Two tests in
-    tests/test_model.py check it: against finite differences, and against the loss of Gemma.forward()'s logits."""
+    a chunk's logits, its loss and at once its gradients. backward() only scales these gradients. The gradient is
+    written by hand: if you change the logits, change the line of `grad` too (tests/test_model.py checks it)."""
 
     @staticmethod
     def forward(ctx, x, weight, labels, with_gradients):
@@ -423,7 +417,6 @@ class Gemma(nn.Module):
         A row ends after max_new_tokens, with one of stop_ids, or at the model's last position, and yields -1 from then
         on. sampling: temperature, top_k, top_p, as in sample_token(). Raises ValueError if the prompt leaves no
         position free, FloatingPointError if logits are NaN.
-
         lengths (B,): lengths of prompts that are padded on the right. Generation begins after the shortest prompt. A
         row with a longer prompt yields -1 until its prompt has been read. max_new_tokens may be a (B,) tensor."""
         (B, T), device, limit = prompt.shape, self.device, self.config.max_position_embeddings
@@ -607,15 +600,15 @@ def require(condition, message):
 def check_config(c):
     """Raise ValueError for a setting of the wrong type or size, and for settings that contradict each other."""
     for f in fields(c):
-        value, is_id = getattr(c, f.name), f.name.endswith("_token_id")
+        value = getattr(c, f.name)
         fits = isinstance(value, (int, float) if f.type is float else f.type)
         fits = fits and isinstance(value, bool) == (f.type is bool)
         require(fits, f"{f.name}={value!r} must be of type {getattr(f.type, '__name__', f.type)}")
-        for number in value if is_id and isinstance(value, list) else [value]:
-            if is_id and (number is not None or isinstance(value, list)):
-                require(type(number) is int and 0 <= number < 2**31, f"{f.name}={value!r} is not a token id")
-            elif type(number) in (int, float):
-                require(0 < number < 2**31, f"{f.name}={value!r} must be a number above 0")
+        if f.name.endswith("_token_id") and value is not None:
+            good = all(type(i) is int and 0 <= i < 2**31 for i in (value if isinstance(value, list) else [value]))
+            require(good, f"{f.name}={value!r} is not a token id")
+        elif type(value) in (int, float):
+            require(0 < value < 2**31, f"{f.name}={value!r} must be a number above 0")
     require(c.num_hidden_layers <= 1000, f"num_hidden_layers={c.num_hidden_layers} is more than any Gemma 3 has")
     kinds = [SLIDING] * c.num_hidden_layers if c.layer_types is None else c.layer_types
     good = len(kinds) == c.num_hidden_layers and all(kind in (SLIDING, FULL) for kind in kinds)
@@ -671,13 +664,12 @@ def config_from_dict(d):
     require(rope_type in ("default", "linear"), f"rope_type {rope_type!r}: Gemma 3 has 'default' and 'linear' only")
     require(local_type == "default", f"rope_type {local_type!r} in sliding layers: Gemma 3 has 'default' only")
     renamed = {
-        "sliding_window_pattern": d.get("_sliding_window_pattern"),
-        "rope_theta": full.get("rope_theta"),
+        "sliding_window_pattern": d.get("_sliding_window_pattern"), "rope_theta": full.get("rope_theta"),
         "rope_local_base_freq": sliding.get("rope_theta"),
         "rope_linear_factor": full.get("factor", 1.0) if rope_type == "linear" else 1.0,
-    }
+    }  # fmt: skip
     d |= {key: value for key, value in renamed.items() if value is not None}
-    return GemmaConfig(**{f.name: d[f.name] for f in fields(GemmaConfig) if f.name in d})
+    return GemmaConfig(**{key: d[key] for key in own & d.keys()})
 
 
 def config_to_dict(config):
@@ -685,10 +677,8 @@ def config_to_dict(config):
     d = asdict(config)
     factor = d.pop("rope_linear_factor")
     scaling = {"rope_type": "default"} if factor == 1 else {"rope_type": "linear", "factor": factor}
-    d["rope_parameters"] = {
-        FULL: {"rope_theta": config.rope_theta, **scaling},
-        SLIDING: {"rope_theta": config.rope_local_base_freq, "rope_type": "default"},
-    }
+    d["rope_parameters"] = {FULL: {"rope_theta": config.rope_theta, **scaling},
+                            SLIDING: {"rope_theta": config.rope_local_base_freq, "rope_type": "default"}}  # fmt: skip
     d["rope_scaling"] = None if factor == 1 else scaling
     kind = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
     return GEMMA3_CONSTANTS | d | kind | {"attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True}
@@ -696,8 +686,7 @@ def config_to_dict(config):
 
 def weight_files(path):
     """Return the safetensors files of a model directory: a single file, or its shards."""
-    whole = path / "model.safetensors"
-    files = [whole] if whole.exists() else sorted(path.glob("model-*-of-*.safetensors"))
+    files = [*path.glob("model.safetensors")] or sorted(path.glob("model-*-of-*.safetensors"))
     require(files, f"{path}: no model.safetensors; convert weights of another kind by transformers' save_pretrained()")
     return files
 

@@ -283,7 +283,6 @@ def is_held_out(text, fraction):
 
 def split_text(text, cfg):
     """Return the splits of one long text. It is cut between paragraphs, and the last tenth is held out, as in nanoGPT.
-
     Each piece becomes a document: short enough that threads share the work and the model often sees an end-of-text
     token before a text, but long compared with a row of train.py. The pieces joined together are the text."""
     pieces, start, size = [], 0, min(PIECE_CHARS, max(1, len(text) // 20))

@@ -7,8 +7,7 @@ Train a Gemma 3 on a prepared dataset. fit() below is the only training loop of 
     torchrun --standalone --nproc_per_node=8 train.py config/train_tinystories_270m.py    # all GPUs of a machine
     python train.py --init_from=out/fables/best --eval_only=True --dataset=fables --block_size=224
 
-Writes out/<run>/: last/ and best/ (model directories that transformers opens), log.jsonl, summary.json, loss.png,
-samples.txt.
+Writes out/<run>/: last/ and best/ (model directories), log.jsonl, summary.json, loss.png, samples.txt.
 """
 
 import functools
@@ -23,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from model import Gemma, GemmaConfig, complete
 from support.datasets import document_ends, open_dataset
@@ -221,7 +219,7 @@ def accumulate_gradients(forward, micro_batches, device, dtype):
     own_batches = local_micro_batches(micro_batches)  # this rank's whole micro-batches, or its rows of each
     total = torch.zeros((), device=device)
     for i, batch in enumerate(own_batches):
-        if isinstance(forward, DistributedDataParallel):  # all-reduce in the last backward only
+        if hasattr(forward, "require_backward_grad_sync"):  # DDP: all-reduce in the last backward only
             forward.require_backward_grad_sync = i == len(own_batches) - 1
         with autocast(device, dtype):
             loss = forward(*to_device(batch, device), reduction="sum") / num_labels
@@ -248,11 +246,9 @@ def validation_losses(task, device, dtype):
 
 
 def evaluate(model, batches, device, dtype):
-    """Return the mean loss in nats per label over batches, which the processes divide among themselves. A metric that
+    """Return the mean loss in nats per label of a model in eval mode. The processes share the batches. A metric that
     needs logits can be summed here too: model(tokens) returns logits, model(tokens, labels) only the loss."""
-    was_training, batches = model.training, iter(batches)
-    model.eval()
-    sums = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of labels
+    batches, sums = iter(batches), torch.zeros(2, dtype=torch.float64)  # sum of losses, number of labels
     with torch.no_grad(), autocast(device, dtype):
         while group := list(itertools.islice(batches, get_world_size())):
             batch = group[min(get_rank(), len(group) - 1)]
@@ -260,7 +256,6 @@ def evaluate(model, batches, device, dtype):
                 batch = without_labels(batch)
             loss = model(*to_device(batch, device), reduction="sum")
             sums += torch.tensor([loss.item(), (batch[1] != -100).sum()], dtype=torch.float64)
-    model.train(was_training)
     total, count = all_reduce_sum(sums, device).tolist()
     return total / max(1, count)
 
@@ -275,10 +270,8 @@ def num_tokens(labels):
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): the update of a matrix is its momentum, orthogonalized. Updates are scaled to the size
-    of AdamW's (0.2 rms, Liu et al. 2025), so that both optimizers can use one learning rate.
-
-    Matrices of one shape form a group and are orthogonalized as one stack, which keeps the device busier. With several
-    processes, each one orthogonalizes a part of every stack."""
+    of AdamW's (0.2 rms, Liu et al. 2025), so that both optimizers can use one learning rate. Matrices of one shape form
+    a group and are orthogonalized as one stack, which keeps the device busier; processes share the work."""
 
     def __init__(self, params, momentum=0.95, weight_decay=0.0):
         by_shape = {}
@@ -333,10 +326,8 @@ OPTIMIZERS = {"muon": muon, "adamw": adamw}  # f(matrices inside blocks, other p
 
 def make_optimizers(model, cfg):
     """Return optimizers that hold each trainable parameter once. Raises ValueError for a parameter without a rule."""
-    matrices, others = [], []
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
+    trained, matrices, others = {name: p for name, p in model.named_parameters() if p.requires_grad}, [], []
+    for name, p in trained.items():
         if p.ndim == 2 and name.startswith("model.layers."):
             matrices.append(p)
         elif p.ndim < 2 or name == "model.embed_tokens.weight":
@@ -345,7 +336,7 @@ def make_optimizers(model, cfg):
             raise ValueError(f"make_optimizers() has no rule for {name} {list(p.shape)}: add one")
     optimizers = OPTIMIZERS[cfg.optimizer](matrices, others, cfg)
     grouped = [id(p) for group in groups_of(optimizers) for p in group["params"]]
-    assert sorted(grouped) == sorted(map(id, matrices + others)), "a parameter is in no group, or in two"
+    assert sorted(grouped) == sorted(map(id, trained.values())), "a parameter is in no group, or in two"
     return optimizers
 
 
@@ -358,26 +349,23 @@ def groups_of(optimizers):
 
 class PackedDataset:
     """One split of a prepared dataset as rows of block_size tokens. A row begins with a document where possible.
-
     A row's first token is the end-of-text before its first document, or the tokenizer's <bos> if it has one. If the end
     of a row cuts a document off, the next row starts that document again. So every token has the whole beginning of its
-    document in context at least once. Only a document longer than a row continues in the next row.
-
-    To train on other rows, write a class with batch(rows) and __len__ and use it in Pretraining.train_rows. The caller
-    shuffles the rows; every epoch visits each of them once."""
+    document in context at least once. Only a document longer than a row continues in the next row. For other rows, see
+    docs/hacking.md."""
 
     def __init__(self, dataset, split, block_size):
         path, meta, tokenizer = dataset
         self.tokens = np.memmap(path / f"{split}.bin", dtype=meta["dtype"], mode="r")
         self.block_size, self.eot = block_size, tokenizer.eot
         self.bos = tokenizer.bos if tokenizer.bos != tokenizer.eot else None
-        last, ends = len(self.tokens) - 1, document_ends(self.tokens, path / f"{split}.bin", tokenizer)
-        starts, start = [], -1  # the first document has no end-of-text before it: position -1 stands for one
+        # the first document has no end-of-text before it: position -1 stands for one
+        ends = np.append(-1, document_ends(self.tokens, path / f"{split}.bin", tokenizer))
+        last, starts, start = len(self.tokens) - 1, [], -1
         while start < last:
             starts.append(start)
             row_end = start + block_size
-            num_ended = np.searchsorted(ends, row_end, "right")  # documents that end in this row or before
-            document_end = int(ends[num_ended - 1]) if num_ended else -1
+            document_end = int(ends[np.searchsorted(ends, row_end, "right") - 1])  # the last one in this row or before
             start = document_end if document_end > start else row_end
         self.starts = np.array(starts)
         self.num_new_labels = np.diff(self.starts, append=last)  # labels of each row that the next row does not repeat
@@ -405,12 +393,8 @@ class PackedDataset:
 
 def epoch_shuffled_indices(count, size, seed, step):
     """Return `size` of `count` row numbers for a step, from (seed, step) alone. An epoch visits each row once."""
-    numbers = np.arange(step * size, (step + 1) * size)
-    indices = np.empty(size, dtype=np.int64)
-    for epoch in np.unique(numbers // count):
-        in_epoch = numbers // count == epoch
-        indices[in_epoch] = epoch_permutation(count, seed, int(epoch))[numbers[in_epoch] % count]
-    return indices
+    numbers = range(step * size, (step + 1) * size)
+    return np.array([epoch_permutation(count, seed, i // count)[i % count] for i in numbers])
 
 
 @functools.lru_cache(maxsize=2)
@@ -427,21 +411,16 @@ class ValidationSet:
         counts, self.floor = dataset.meta["val"], dataset.meta["floor_bits_per_byte"]
         ends = self.rows.num_new_labels.cumsum()
         self.num_rows = min(len(self.rows), 1 + int(np.searchsorted(ends, eval_tokens or counts["tokens"])))
+        self.bytes_per_token = counts["bytes"] / counts["tokens"]
         if self.num_rows < len(self.rows):  # the floor is only known for the whole split
             labels = self.rows.tokens[: ends[self.num_rows - 1]]
-            counts = {"tokens": len(labels), "bytes": len(dataset.tokenizer.decode(labels).encode())}
-            self.floor = None
-        self.bytes_per_token = counts["bytes"] / counts["tokens"]
+            self.bytes_per_token, self.floor = len(dataset.tokenizer.decode(labels).encode()) / len(labels), None
 
     def __iter__(self):
         for i in range(0, self.num_rows, self.batch_size):
             x, y = self.rows.batch(range(i, min(i + self.batch_size, self.num_rows)), new_only=True)
             padding = (0, 0, 0, self.batch_size - len(x))
             yield F.pad(x, padding), F.pad(y, padding, value=-100)
-
-    def bits_per_byte(self, loss):
-        """Return bits per byte, which can be compared across tokenizers, for a loss in nats per token."""
-        return loss / math.log(2) / self.bytes_per_token
 
 
 class Pretraining:
@@ -474,7 +453,8 @@ class Pretraining:
     def metrics(self, losses):
         metrics, parts = {}, []
         for name, loss in losses.items():
-            bpb, floor = self.val_sets[name].bits_per_byte(loss), self.val_sets[name].floor
+            val_set = self.val_sets[name]
+            bpb, floor = loss / math.log(2) / val_set.bytes_per_token, val_set.floor  # bpb: bits per byte
             metrics |= {f"{name}_loss": loss, f"{name}_bpb": bpb}
             above_floor = f" ({bpb / floor:.3f} x the entropy floor of {floor:.4f})" if floor else ""
             perplexity = math.exp(min(loss, 99))
@@ -492,12 +472,6 @@ class Pretraining:
         self.model.save_pretrained(path, weights)
         self.dataset.tokenizer.save(path)
 
-    @property
-    def memory_hint(self):
-        B, count = self.data_cfg.batch_size, self.cfg.gradient_accumulation_steps
-        flags = f": --batch_size={B // 2} --gradient_accumulation_steps={2 * count}" if B % 2 == 0 else ""
-        return f"lower batch_size and raise gradient_accumulation_steps by the same factor{flags}"
-
     def print_plan(self, state):
         total, embedding = self.model.num_params() / 1e6, self.model.model.embed_tokens.weight.numel() / 1e6
         per_step = self.data_cfg.batch_size * self.cfg.gradient_accumulation_steps
@@ -512,9 +486,6 @@ class Pretraining:
             print(f"warning: warmup_iters={self.cfg.warmup_iters:g} is not below max_iters={self.cfg.max_iters}")
         if epochs > 30 and not self.data_cfg.dropout:
             print(f"warning: {epochs:.0f} epochs over the same text without dropout will memorize it")
-
-
-# ---- the command -----------------------------------------------------------------------------------------------------
 
 
 def main(data_cfg, cfg, arch):
@@ -532,8 +503,11 @@ def main(data_cfg, cfg, arch):
         with user_errors("at the default rate"):
             cfg = replace(cfg, learning_rate=state.settings.get("learning_rate") or default)
     task = Pretraining(data_cfg, cfg, model, dataset)
-    with runtime_errors(task.memory_hint):
+    B, count = data_cfg.batch_size, cfg.gradient_accumulation_steps
+    flags = f": --batch_size={B // 2} --gradient_accumulation_steps={2 * count}" if B % 2 == 0 else ""
+    with runtime_errors(f"lower batch_size and raise gradient_accumulation_steps by the same factor{flags}"):
         if data_cfg.eval_only:
+            model.eval()
             if cfg.compile:
                 compile_for_training(model, cfg.activation_memory)
             print(task.metrics(validation_losses(task, device, pick_dtype(cfg.dtype, device)))[1])
@@ -547,16 +521,15 @@ def main(data_cfg, cfg, arch):
 
 def start_model(data_cfg, cfg, arch, dataset, device):
     """Return the model that init_from names, and the state from which its training starts."""
-    meta, tokenizer = dataset.meta, dataset.tokenizer
+    _, meta, tokenizer = dataset
     fingerprint, settings = meta.get("fingerprint"), asdict(data_cfg) | asdict(cfg)
     state, home = new_state(fingerprint, settings), loading_device(cfg.fsdp, device)
     if cfg.init_from == "scratch":
-        vocab_size = arch.vocab_size
-        if vocab_size == GemmaConfig.vocab_size:  # not set: the tokenizer's size, rounded up for faster matrix products
-            vocab_size = math.ceil(meta["vocab_size"] / 64) * 64
+        if arch.vocab_size == GemmaConfig.vocab_size:  # not set: the tokenizer's size, rounded up for faster products
+            arch = replace(arch, vocab_size=math.ceil(meta["vocab_size"] / 64) * 64)
         special = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.pad}
         with torch.device(home):
-            model = Gemma(replace(arch, vocab_size=vocab_size, **special), data_cfg.dropout)
+            model = Gemma(replace(arch, **special), data_cfg.dropout)
         if home.type != "meta":
             model.init_weights(cfg.seed, device)
     else:
@@ -570,9 +543,8 @@ def start_model(data_cfg, cfg, arch, dataset, device):
         check_architecture(arch, model.config, checkpoint)
         if cfg.init_from == "resume":
             state = read_state(checkpoint, fingerprint, settings, fixed=("optimizer",), fsdp=cfg.fsdp)
-    config = model.config
-    tokenizer.check_rows(config.vocab_size)
-    if data_cfg.block_size > (limit := config.max_position_embeddings):
+    tokenizer.check_rows(model.config.vocab_size)
+    if data_cfg.block_size > (limit := model.config.max_position_embeddings):
         raise UserError(f"block_size={data_cfg.block_size} exceeds max_position_embeddings={limit}: lower it")
     if (length := 1 + len(tokenizer.encode(data_cfg.sample_prompt))) >= limit:
         raise UserError(f"sample_prompt has {length} tokens, more than max_position_embeddings={limit}: shorten it")

@@ -31,7 +31,6 @@ REFUSED = {"chosen", "rejected", "label", "labels", "completions", "kto_tag", "t
 
 def read_messages(record, notes=None):
     """Return the conversation in a record. Raises UserError for a record that cannot be understood.
-
     notes: a Counter of the parts that were not read, by a short description."""
     notes = Counter() if notes is None else notes
     found = read_fields(record, COLUMNS, notes, "column")

@@ -15,7 +15,6 @@ from support.tokenizer import GPT2_PATTERN, byte_level_bpe
 
 def export_gguf(model, tokenizer, path, matrix_type):
     """Write a float32 model and its tokenizer as a GGUF file. Raises UserError for a model that llama.cpp cannot run.
-
     matrix_type: f32, bf16, f16 or q8_0. Names, shapes and metadata are those of llama.cpp's conversion/gemma.py."""
     c = model.config
     for key, value in {"hidden_activation": "gelu_pytorch_tanh", **GEMMA3_CONSTANTS}.items():

@@ -6,11 +6,9 @@ import math
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 
@@ -38,7 +36,6 @@ def say(text, in_place=False):
 
 class RunLog(contextlib.ExitStack):
     """The log of one run, until `with` ends. Rank 0 writes it. A resumed run drops what came after its checkpoint.
-
     folder: the RunFolder. state: the run's step, tokens, settings. floor: entropy floor in bits per byte, or None."""
 
     def __init__(self, folder, model, state, device, dtype, max_iters, floor=None, wandb=False):
@@ -121,13 +118,11 @@ class RunLog(contextlib.ExitStack):
     def write_summary(self, metrics):
         """Write summary.json: the run's settings, progress and metrics, for other programs."""
         state, path = self.state, self.folder.path
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
         hardware = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
         summary = {
             "name": path.name, "steps": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 1),
             "metrics": finite(metrics | {"best_val_loss": state.best_val_loss}), "floor_bits_per_byte": self.floor,
-            "parameters": self.model.num_params(), "settings": state.settings, "commit": commit or None,
+            "parameters": self.model.num_params(), "settings": state.settings,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "hardware": f"{get_world_size()} x {hardware}, {torch.get_num_threads()} CPU threads",
         }  # fmt: skip

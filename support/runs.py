@@ -61,7 +61,6 @@ class RunFolder(contextlib.ExitStack):
 
     def save(self, name, save_model, model, state=None, optimizers=None):
         """Save a checkpoint. Every rank must call it: sharded tensors are gathered one by one.
-
         save_model(path, weights): writes a model directory. state, optimizers: saved in train_state.pt, to
         resume from. Raises Failure if saving them fails and the run has no older checkpoint to resume from."""
         state = state and vars(state) | {"optimizer": optimizer_state(optimizers, model)}

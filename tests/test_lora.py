@@ -328,7 +328,7 @@ def test_long_conversations_lose_old_turns_but_never_an_instruction_or_a_respons
     assert (shortened and shortened[0]) == (kept and talk(kept))
     task = tuning([[("Say", "", "hello")], turns], max_length=40)
     assert (task.cut, task.dropped) == (2 * (kept not in (None, turns)), 2 * (kept is None))  # in both splits
-    assert all(len(ids) <= 40 for ids, _ in task.train_set)
+    assert all(1 + len(tokens) <= 40 for tokens, _ in task.train_set)
 
 
 def test_a_long_input_loses_its_end_and_a_system_message_stays(capsys):
@@ -349,7 +349,7 @@ def test_batches_have_one_shape_and_hold_every_record_once():
     records = [("Say hi.", "", "hello " * (1 + i % 9)) for i in range(600)]
     task = tuning(records)
     assert sorted(i for row in task.train_rows for i in row) == list(range(600))
-    tokens = sum(len(ids) - 1 for ids, _ in task.train_set)
+    tokens = sum(len(tokens) for tokens, _ in task.train_set)
     assert tokens > 0.9 * len(task.train_rows) * task.row_length  # the fables' 6,000 conversations have 1% of padding
     shapes = {tuple(t.shape) for step in range(5) for batch in task.micro_batches(step) for t in batch}
     assert shapes == {(task.rows_per_batch, task.row_length)} and 100 < task.rows_per_batch * task.row_length <= 200
