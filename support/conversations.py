@@ -54,7 +54,7 @@ def read_messages(record, notes=None):
 def read_fields(record, names, notes, kind):
     """Return {our name: value} of a dict, with None for a missing one. Two names with two values are refused."""
     if not isinstance(record, dict):
-        raise UserError(f"it is {type(record).__name__}, not an object")
+        raise UserError(f"{'a message' if kind == 'field' else 'it'} is {type(record).__name__}, not an object")
     # pandas writes an empty cell as NaN, which does not equal itself
     given = {key: value for key, value in record.items() if value not in (None, "", [], {}) and value == value}
     if refused := sorted(key for key in given.keys() & REFUSED if key != "label" or isinstance(given[key], bool)):
@@ -80,7 +80,7 @@ def read_turns(turns, system, notes, num_context=0):
         if (role := ROLES.get(str(found["role"]))) is None:
             raise UserError(f"message {number} has the role {found['role']!r}; known are {', '.join(ROLES)}")
         if found["weight"] not in (None, 0, 1):
-            raise UserError(f"message {number} has the weight {found['weight']!r}; only 0 and 1 are supported")
+            raise UserError(f"message {number} has the weight/train {found['weight']!r}; only 0 and 1 are supported")
         text = as_text(found["content"], f"content of message {number}", notes)
         if role != "assistant":
             if not text.strip():

@@ -9,7 +9,7 @@ SCRIPTS = ["model", "prepare", "train", "lora", "sample"]
 ROOMS = sorted(path.stem for path in (HOME / "support").glob("*.py") if path.stem != "__init__")
 MAX_LINES = {"model.py": 750, "prepare.py": 700, "train.py": 600, "lora.py": 700, "sample.py": 700}
 MAX_LINES_OF_A_ROOM = 250
-MAX_LINES_TOGETHER = 4250
+MAX_LINES_TOGETHER = 4245
 
 
 def path_of(module):

@@ -364,6 +364,7 @@ def test_characters_that_the_tokenizer_loses_are_reported_and_count_for_nothing(
     path, meta = prepared(dataset="c.txt", tokenizer="tok.json", val_fraction=0.3)
     printed = capsys.readouterr().out
     assert meta["train"]["changed"] + meta["val"]["changed"] == 1 and "1 by the tokenizer" in printed
+    assert "such as 'na\u00efve fox', which becomes 'nave fox'" in printed
     for split in ("train", "val"):
         assert meta[split]["bytes"] == sum(len(text) for text in documents_of(path, meta, split))
 
